@@ -1,0 +1,23 @@
+"""The one exception type that users see: what is wrong, where, and what to do, in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PnfsError(ValueError):
+    """A problem that the user can fix.
+
+    The message is a single line: *what* is wrong, *where* (file, field, tensor), *what to do*. The
+    command line prints it without a traceback and exits with status 2.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the nearest of `allowed`, else an empty string."""
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,53 @@
+"""A Cell-based Neural Fabric as the backbone (Fig. 5, blue; Table VIII)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pnfs.config import FabricBackboneConfig
+from pnfs.fabric import Fabric
+from pnfs.operations import BN_EPS, BN_MOMENTUM
+from pnfs.topology import build_topology
+
+STEM_CHANNELS = 64
+
+
+def fabric_stem(out_channels: int) -> nn.Sequential:
+    """Image → 1/4 scale: 3×3 stride 2 → BN → 3×3 stride 2 → BN → ReLU → 1×1."""
+    return nn.Sequential(
+        nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(STEM_CHANNELS, BN_EPS, BN_MOMENTUM),
+        nn.Conv2d(STEM_CHANNELS, STEM_CHANNELS, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(STEM_CHANNELS, BN_EPS, BN_MOMENTUM),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(STEM_CHANNELS, out_channels, 1, bias=False),
+    )
+
+
+class FabricBackbone(nn.Module):
+    """Stem and the first layers of one fabric: images → a four-level feature pyramid.
+
+    Attributes:
+        channels: channels of the pyramid at 1/4, 1/8, 1/16, 1/32.
+        fabric: a `Fabric` with one part; its α and β are searched like those of the parts.
+    """
+
+    def __init__(self, config: FabricBackboneConfig) -> None:
+        super().__init__()
+        topology = build_topology(
+            layers=config.layers,
+            channels=config.channels,
+            hidden=config.hidden,
+            operations=config.operations,
+            reserve=config.reserve,
+        )
+        self.channels = tuple(row.channels for row in topology.output_cells)
+        self.stem = fabric_stem(topology.channels_at(0))
+        for layer in self.stem:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        self.fabric = Fabric(topology, 1, profile=config.profile)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images (N, 3, H, W) → four maps (N, C, H/4, W/4) … (N, 8C, H/32, W/32), C = `channels[0]`."""
+        return tuple(level[0] for level in self.fabric((self.stem(images),)))

@@ -1,0 +1,11 @@
+"""The public ops, and the switches that choose their backend.
+
+from pnfs import kernels
+with kernels.use_backend("torch"):   # "auto" | "torch" | "cpp" | "triton" | "cuda"
+    ...
+print(kernels.explain())
+"""
+
+from pnfs.kernels.registry import dispatch, explain, ops, use_backend
+
+__all__ = ["dispatch", "explain", "ops", "use_backend"]

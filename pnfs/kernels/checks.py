@@ -1,0 +1,97 @@
+"""The one place for checks of dtype, device, shape and memory layout of tensors.
+
+Two kinds. `check_*` raise PnfsError: the argument is wrong for every backend. The others return a
+`Verdict`: the argument is legal, but this backend may not take it; the registry then picks another
+backend, or shows the reason when the backend was asked for by name.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pnfs.errors import PnfsError
+
+Verdict = tuple[bool, str]
+RUNS: Verdict = (True, "")
+
+# Codes of csrc/core/dtypes.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def no(reason: str) -> Verdict:
+    """The verdict "cannot run", with the reason as a user reads it."""
+    return (False, reason)
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype
+) -> None:
+    """Raise unless `tensor` has `shape` (None = any length) and one of `dtypes` (none = any).
+
+    Raises:
+        PnfsError: names the argument, what it must be and what it is.
+    """
+    given = tensor.shape
+    if len(given) != len(shape) or any(
+        want is not None and want != have for want, have in zip(shape, given, strict=True)
+    ):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise PnfsError(f"{name} must have shape ({wanted}), not {tuple(given)}")
+    if dtypes and tensor.dtype not in dtypes:
+        allowed = " or ".join(short_name(dtype) for dtype in dtypes)
+        raise PnfsError(f"{name} must be {allowed}, not {short_name(tensor.dtype)}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise unless all tensors (None is skipped) are on the device of the first.
+
+    Raises:
+        PnfsError: names the two arguments and their devices.
+    """
+    first_name, first = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first_name, first = name, tensor
+        elif tensor.device != first.device:
+            raise PnfsError(
+                f"{name} is on {tensor.device} but {first_name} is on {first.device}; "
+                "move them to one device"
+            )
+
+
+def has_dtype(name: str, dtype: torch.dtype, allowed: tuple[torch.dtype, ...]) -> Verdict:
+    """Whether `dtype` is one that the backend takes."""
+    if dtype in allowed:
+        return RUNS
+    return no(f"{name} is {short_name(dtype)}, takes {', '.join(map(short_name, allowed))}")
+
+
+def is_contiguous(**tensors: Tensor | None) -> Verdict:
+    """Whether every tensor (None is skipped) is contiguous in its default, row-major layout."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            return no(f"{name} is not contiguous (strides {tensor.stride()})")
+    return RUNS
+
+
+def is_dense_image(name: str, tensor: Tensor) -> Verdict:
+    """Whether an (N, C, H, W) tensor is contiguous or channels-last, without gaps."""
+    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
+        return RUNS
+    return no(f"{name} is neither contiguous nor channels-last (strides {tensor.stride()})")
+
+
+def all_of(*verdicts: Verdict) -> Verdict:
+    """The first verdict that says no, else `RUNS`."""
+    for verdict in verdicts:
+        if not verdict[0]:
+            return verdict
+    return RUNS
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")

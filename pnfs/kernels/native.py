@@ -1,0 +1,109 @@
+"""Loads the compiled modules `pnfs._cpu` and `pnfs._cuda`, or says why one is missing.
+
+`setup.py` records in `pnfs/_build_info.json` what it built and why it left something out; this
+module reads that record and never raises for a missing module: the reference backend still works.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from pnfs.errors import PnfsError
+from pnfs.kernels.checks import RUNS, Verdict, no
+
+RECORD = Path(__file__).resolve().parents[1] / "_build_info.json"
+REBUILD = "rebuild with `pip install -e .`"
+
+
+@functools.cache
+def build_record() -> dict[str, Any]:
+    """What `setup.py` wrote: per module whether it was built, the reason if not, and the flags."""
+    try:
+        record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    if importlib.util.find_spec(f"pnfs.{name}") is None:
+        entry = build_record().get("modules", {}).get(name, {})
+        return None, entry.get("reason") or f"pnfs.{name} is not built; {REBUILD}"
+    try:
+        return importlib.import_module(f"pnfs.{name}"), ""
+    except ImportError as error:
+        return None, f"pnfs.{name} cannot be loaded ({error}); {REBUILD}"
+
+
+def module(name: str) -> ModuleType:
+    """The compiled module `_cpu` or `_cuda`.
+
+    Raises:
+        PnfsError: it is missing; the message has the reason.
+    """
+    found, reason = _load(name)
+    if found is None:
+        raise PnfsError(reason)
+    return found
+
+
+@functools.cache
+def has_function(name: str, function: str) -> Verdict:
+    """Whether the compiled module `name` is there and offers `function`."""
+    found, reason = _load(name)
+    if found is None:
+        return no(reason)
+    if not hasattr(found, function):
+        return no(f"pnfs.{name} was built before {function} existed; {REBUILD}")
+    return RUNS
+
+
+@functools.cache
+def cuda_visible() -> bool:
+    """Whether torch sees a CUDA device; asked once per process."""
+    return torch.cuda.is_available()
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def backend_available(backend: str, function: str) -> Verdict:
+    """Whether `backend` can run at all in this process, on any device."""
+    if backend == "cpp":
+        return has_function("_cpu", function)
+    if backend == "cuda":
+        verdict = has_function("_cuda", function)
+        return verdict if not verdict[0] or cuda_visible() else no("no CUDA device is visible")
+    if backend == "triton":
+        if not _triton_installed():
+            return no("triton is not installed")
+        if not cuda_visible() and not triton_interpreted():
+            return no("no CUDA device is visible and TRITON_INTERPRET is not set")
+    return RUNS
+
+
+def backend_fits(backend: str, device: str) -> Verdict:
+    """Whether `backend` works on tensors of the device type `device`."""
+    if backend == "torch" or device == {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}[backend]:
+        return RUNS
+    if backend == "triton" and device == "cpu":
+        return RUNS if triton_interpreted() else no("CPU tensors need TRITON_INTERPRET=1")
+    return no(f"it does not take {device} tensors")

@@ -1,0 +1,174 @@
+"""Several processes: joining the group that torchrun starts, small reductions, synchronised BN.
+
+Without torchrun everything here is the identity for one process.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pnfs.errors import PnfsError
+from pnfs.operations import BN_EPS, BN_MOMENTUM, PartBatchNorm2d
+
+
+def launched_by_torchrun() -> bool:
+    """Whether this process is one of several (or one) that torchrun started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(device: torch.device) -> torch.device:
+    """Join the process group (NCCL on CUDA, Gloo on the CPU) and return this process's own device."""
+    if not launched_by_torchrun():
+        return device
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise PnfsError(
+                f"torchrun: local rank {local} has no GPU ({torch.cuda.device_count()} visible); "
+                "lower --nproc-per-node or use --device cpu"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def leave() -> None:
+    """Leave the process group, if this process joined one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes, 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for the other processes."""
+    if world() > 1:
+        dist.barrier()
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's `value` on every rank (any picklable object; it never touches a file)."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise sums over all ranks, in float64."""
+    if world() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return cast(list[float], total.tolist())
+
+
+class _SyncedNormalize(torch.autograd.Function):
+    """x (N, C, H, W) → (x - mean) · rstd with mean and variance over the batches of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        channels = x.shape[1]
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        count = x.numel() / max(1, channels)
+        var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+        own = torch.stack([mean, var, torch.full_like(mean, count)])
+        gathered = [torch.empty_like(own) for _ in range(world())]
+        dist.all_gather(gathered, own)
+        means, variances, counts = torch.stack(gathered).unbind(1)  # each (ranks, C)
+        total = counts.sum(0)
+        mean = (counts * means).sum(0) / total
+        var = (counts * (variances + (means - mean).square())).sum(0) / total
+        rstd = (var + eps).rsqrt()
+        normalized = (wide - mean.view(1, -1, 1, 1)) * rstd.view(1, -1, 1, 1)
+        ctx.save_for_backward(normalized, rstd, total)
+        ctx.mark_non_differentiable(mean, var, total)
+        return normalized.to(x.dtype), mean, var, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        normalized, rstd, total = ctx.saved_tensors
+        grad = grads[0].to(normalized.dtype)
+        sums = torch.stack([grad.sum(dim=(0, 2, 3)), (grad * normalized).sum(dim=(0, 2, 3))])
+        dist.all_reduce(sums)
+        mean_grad, mean_product = (sums / total).view(2, 1, -1, 1, 1).unbind(0)
+        grad_x = (grad - mean_grad - normalized * mean_product) * rstd.view(1, -1, 1, 1)
+        return grad_x.to(grads[0].dtype), None
+
+
+def synced_batch_norm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Training-mode batch normalisation of x (N, C, H, W) with the statistics of all ranks.
+
+    Works on every device, where torch's own SyncBatchNorm needs a GPU. Running statistics are updated
+    in place with the unbiased variance, as `torch.nn.functional.batch_norm` does.
+    """
+    y, mean, var, count = _SyncedNormalize.apply(x, eps)
+    with torch.no_grad():
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    if weight is not None:
+        y = y * weight.to(y.dtype).view(1, -1, 1, 1)
+    return y if bias is None else y + bias.to(y.dtype).view(1, -1, 1, 1)
+
+
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` with the statistics of all ranks while training."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        return synced_batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.momentum, self.eps
+        )
+
+
+class SyncedPartBatchNorm2d(PartBatchNorm2d):
+    """`PartBatchNorm2d` with the statistics of all ranks while training."""
+
+    def forward_part(self, x_NCHW: Tensor, part: int) -> Tensor:
+        if not self.training:
+            return super().forward_part(x_NCHW, part)
+        weight = None if self.weight is None else self.weight[part]
+        bias = None if self.bias is None else self.bias[part]
+        mean, var = self.running_mean[part], self.running_var[part]
+        return synced_batch_norm(x_NCHW, mean, var, weight, bias, BN_MOMENTUM, BN_EPS)
+
+
+def synchronize_batch_norm(model: nn.Module) -> None:
+    """Make every batch normalisation of `model` use the statistics of all ranks, in place.
+
+    Modules change their class and nothing else: parameters keep their identity, state dicts their keys.
+    """
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncedBatchNorm2d
+        elif type(module) is PartBatchNorm2d:
+            module.__class__ = SyncedPartBatchNorm2d

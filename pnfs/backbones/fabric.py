@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from pnfs.backbones.base import Backbone
 from pnfs.config import FabricBackboneConfig
 from pnfs.fabric import Fabric
 from pnfs.operations import BN_EPS, BN_MOMENTUM
@@ -24,13 +25,15 @@ def fabric_stem(out_channels: int) -> nn.Sequential:
     )
 
 
-class FabricBackbone(nn.Module):
+class FabricBackbone(Backbone):
     """Stem and the first layers of one fabric: images → a four-level feature pyramid.
 
     Attributes:
         channels: channels of the pyramid at 1/4, 1/8, 1/16, 1/32.
         fabric: a `Fabric` with one part; its α and β are searched like those of the parts.
     """
+
+    name = "fabric backbone"
 
     def __init__(self, config: FabricBackboneConfig) -> None:
         super().__init__()

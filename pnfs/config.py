@@ -341,7 +341,7 @@ def _first_error(error: ValidationError) -> str:
         allowed = list(_model_at(path[:-1]).model_fields)
         return f"unknown key '{key}'; allowed here: {', '.join(allowed)}{did_you_mean(path[-1], allowed)}"
     message = problem["msg"].removeprefix("Value error, ")
-    if message.startswith(f"{key}:") or not key:
+    if not key or message.startswith((f"{key}:", f"{key}.")):
         return message
     given = problem.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and repr(given) not in message else ""

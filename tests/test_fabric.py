@@ -1,0 +1,135 @@
+"""Fabrics: the stacked one equals P separate ones, profiles follow their equations, gradients flow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pnfs.architecture import entropy, mixing_weights, randomize_
+from pnfs.backbones.fabric import FabricBackbone
+from pnfs.config import FABRIC_BACKBONES, OPERATIONS
+from pnfs.fabric import Fabric
+from pnfs.operations import build_operation, stack_parts
+from pnfs.topology import build_topology
+
+CHANNELS = (24, 32, 96, 160)
+
+
+def _fabric(parts: int, *, hidden: int = 1, profile: str = "posenfs", operations=OPERATIONS) -> Fabric:
+    topology = build_topology(layers=6, channels=2, hidden=hidden, operations=operations, cut=3)
+    fabric = Fabric(topology, parts, profile=profile, in_channels=CHANNELS)  # type: ignore[arg-type]
+    randomize_(fabric.architecture_parameters(), seed=1)
+    return fabric
+
+
+def _pyramid(batch: int = 2, height: int = 16, width: int = 8) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(batch, c, height >> i, width >> i) for i, c in enumerate(CHANNELS))
+
+
+def _take_part(stacked: Fabric, part: int, **kwargs: object) -> Fabric:
+    single = _fabric(1, **kwargs)  # type: ignore[arg-type]
+    single.load_state_dict({key: tensor[part : part + 1] for key, tensor in stacked.state_dict().items()})
+    return single
+
+
+@pytest.mark.parametrize(
+    ("parts", "training", "profile"),
+    [(1, True, "posenfs"), (3, False, "posenfs"), (3, True, "paper"), (8, True, "posenfs")],
+)
+def test_the_stacked_fabric_equals_separate_fabrics(parts, training, profile):
+    stacked = _fabric(parts, hidden=2, profile=profile).train(training)
+    separate = [_take_part(stacked, p, hidden=2, profile=profile).train(training) for p in range(parts)]
+    pyramid = _pyramid()
+    (together,) = stacked(pyramid)
+    apart = torch.cat([fabric(pyramid)[0] for fabric in separate])
+    torch.testing.assert_close(together, apart, rtol=1e-6, atol=1e-6)
+    for key, tensor in stacked.state_dict().items():  # running statistics moved alike
+        alone = torch.cat([fabric.state_dict()[key] for fabric in separate])
+        torch.testing.assert_close(tensor, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_of_the_stacked_fabric_equal_those_of_separate_fabrics():
+    stacked = _fabric(3)
+    separate = [_take_part(stacked, p) for p in range(3)]
+    pyramid = _pyramid()
+    stacked(pyramid)[0].square().mean().backward()
+    for fabric in separate:
+        (fabric(pyramid)[0].square().mean() / 3).backward()
+    for name, parameter in stacked.named_parameters():
+        alone = [dict(fabric.named_parameters())[name].grad for fabric in separate]
+        assert (parameter.grad is None) == (alone[0] is None)
+        if parameter.grad is not None:
+            scale = parameter.grad.abs().max().clamp_min(1e-6)
+            torch.testing.assert_close(parameter.grad / scale, torch.cat(alone) / scale, rtol=0, atol=1e-5)
+
+
+def test_the_posenfs_profile_scales_the_mixes_and_the_papers_does_not():
+    posenfs = _fabric(2, operations=("zero", "skip")).double()
+    paper = _fabric(2, operations=("zero", "skip"), profile="paper").double()
+    row = posenfs.topology.cells[0]
+    cell, printed = posenfs.cells[row.name], paper.cells[row.name]
+    x = torch.randn(2, 1, row.channels, 4, 4, dtype=torch.float64)
+    alpha = mixing_weights(torch.randn(2, 2, dtype=torch.float64))
+    torch.testing.assert_close(printed.edges[0](x, alpha), alpha[:, 1].view(-1, 1, 1, 1, 1) * x)
+    torch.testing.assert_close(cell.edges[0](x, alpha), 2 * alpha[:, 1].view(-1, 1, 1, 1, 1) * x)
+
+    printed.load_state_dict(cell.state_dict())
+    beta = mixing_weights(torch.randn(2, 3, dtype=torch.float64))
+    features = {
+        source.source: torch.randn(2, 1, row.channels << source.source[1], 4 >> source.source[1],
+                                   4 >> source.source[1], dtype=torch.float64)
+        for source in row.inputs
+    }  # fmt: skip
+    torch.testing.assert_close(
+        cell.input_node(features, beta), F.relu(3 * printed.input_node(features, beta))
+    )
+
+
+def test_a_mix_of_zero_alone_is_zero():
+    fabric = _fabric(2, operations=("zero",))
+    edge = fabric.cells["cell_3_0"].edges[0]
+    assert not edge(torch.randn(2, 1, 8, 4, 4), torch.ones(2, 1)).any()
+
+
+def test_average_pooling_does_not_count_the_padding():
+    operation = build_operation("avg_pool", 1, 4)
+    assert operation is not None
+    ones = torch.ones(1, 2, 4, 5, 5)
+    torch.testing.assert_close(operation.eval()(ones), ones / (1 + 1e-5) ** 0.5)
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "zero"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5)])
+def test_operations_keep_the_shape_and_stay_channels_last(name, size):
+    operation = build_operation(name, 3, 4)
+    assert operation is not None
+    x = stack_parts([torch.randn(2, 4, *size) for _ in range(3)])
+    y = operation(x)
+    assert y.shape == x.shape
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part in y)
+
+
+def test_alpha_and_beta_start_uniform_and_random_ones_follow_the_seed():
+    topology = build_topology(layers=6, channels=2, hidden=1, operations=OPERATIONS, cut=3)
+    fabric = Fabric(topology, 3, in_channels=CHANNELS)
+    assert fabric.alpha.shape == (3, 1, 6) and fabric.beta.shape == (3, 6, 3)
+    torch.testing.assert_close(entropy(fabric.alpha), torch.full((3, 1), torch.tensor(6.0).log().item()))
+    before = [id(p) for p in fabric.architecture_parameters()]
+    randomize_(fabric.architecture_parameters(), seed=3)
+    first = fabric.alpha.detach().clone()
+    randomize_(fabric.architecture_parameters(), seed=3)
+    assert torch.equal(first, fabric.alpha) and before == [id(p) for p in fabric.architecture_parameters()]
+    randomize_(fabric.architecture_parameters(), seed=4)
+    assert not torch.equal(first, fabric.alpha)
+
+
+@pytest.mark.parametrize("name", FABRIC_BACKBONES)
+def test_fabric_backbones_give_a_four_level_pyramid(name):
+    config = FABRIC_BACKBONES[name]
+    backbone = FabricBackbone(config).eval()
+    levels = backbone(torch.randn(1, 3, 64, 32))
+    assert [tuple(level.shape[1:]) for level in levels] == [
+        ((4 << i) * config.channels, 16 >> i, 8 >> i) for i in range(4)
+    ]
+    assert backbone.channels == tuple(level.shape[1] for level in levels)

@@ -233,6 +233,20 @@ def _chosen_without_call(op: Op, able: dict[str, Verdict], wanted: str, device: 
     return candidates[0] if candidates else "torch"
 
 
+@dataclass(frozen=True)
+class OpCost:
+    """What one call of an implementation costs: kernels launched, bytes of memory read and written,
+    and the multiply-adds of the convolutions in it."""
+
+    launches: int
+    bytes: int
+    conv_macs: int = 0
+
+
+# torch op ("pnfs::name") -> cost(args, outputs), which reads shapes and dtypes only. An op without an
+# entry counts as one launch that reads every argument and writes every result once.
+op_costs: dict[str, Callable[[Sequence[Any], Any], OpCost]] = {}
+
 # A fragment, because each op's file adds its own definitions.
 _library = torch.library.Library("pnfs", "FRAGMENT")
 
@@ -245,6 +259,7 @@ def torch_op(
     devices: Sequence[str],
     setup_context: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
+    cost: Callable[[Sequence[Any], Any], OpCost] | None = None,
 ) -> Callable[..., Any]:
     """Define `torch.ops.pnfs.<name>` from `fn` and return it, ready to be an op's backend.
 
@@ -258,6 +273,7 @@ def torch_op(
         fake: the same arguments; returns empty tensors of the right shape, dtype and strides.
         devices: "cpu", "cuda".
         setup_context, backward: as `torch.library.register_autograd` takes them.
+        cost: what a call really costs, for `pnfs.count_costs`; see `op_costs`.
     """
     schema = torch.library.infer_schema(fn, mutates_args=())
     _library.define(f"{name}{schema}", tags=(torch.Tag.needs_exact_strides,))
@@ -265,6 +281,8 @@ def torch_op(
         _library.impl(name, fn, device.upper())
     qualified = f"pnfs::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
+    if cost is not None:
+        op_costs[qualified] = cost
     if backward is not None:
         torch.library.register_autograd(
             qualified, backward, setup_context=setup_context, lib=_library

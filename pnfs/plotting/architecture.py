@@ -38,12 +38,13 @@ def plot_architecture(
     skeleton: Skeleton | None = None,
     threshold: float = DEAD_BELOW,
 ) -> list[Path]:
-    """Draw P fabrics of one topology: cells on the scale × layer grid, arrows as wide as softmax(β),
-    softmax(α) inside each cell and once, large, below; what reaches no output is grey.
+    """Draw P fabrics of one topology: cells on the scale × layer grid, arrows wide as softmax(β).
+
+    softmax(α) is shown inside each cell and once, large, below. What reaches no output is grey.
 
     Args:
         topology: the table that α and β belong to.
-        alpha: (P, edges, ops) logits of Eq. 1; a tensor on any device or an array. −inf is weight 0.
+        alpha: (P, edges, ops) logits of Eq. 1; a tensor on any device or an array. −inf means 0.
         beta: (P, cells, 3) logits of Eq. 2, slots parallel, above, below.
         part_names: P names, or `ModelConfig.part_table` (name -> keypoint indices).
         path: a .svg or .png file; without a suffix both are written.
@@ -102,7 +103,7 @@ def _panels(
 ) -> list[Panel]:
     """One panel per part from logits; the checks of `plot_architecture` are made here."""
     names = list(part_names)
-    table = part_names if isinstance(part_names, Mapping) else {name: () for name in names}
+    table = part_names if isinstance(part_names, Mapping) else dict.fromkeys(names, ())
     if not names or len(set(names)) != len(names):
         raise PnfsError(f"architecture picture: part names {names} must be distinct, at least one")
     shapes = {
@@ -124,13 +125,20 @@ def _panels(
         weights[key] = _softmax(array)
     colours = part_colours(names)
     return [
-        Panel(name, topology, weights["alpha"][p], weights["beta"][p], colours[name], tuple(table[name]))
+        Panel(
+            name,
+            topology,
+            weights["alpha"][p],
+            weights["beta"][p],
+            colours[name],
+            tuple(table[name]),
+        )
         for p, name in enumerate(names)
     ]
 
 
 def _softmax(logits: Floats) -> Floats:
-    """Softmax over the last axis; a row of −inf alone gives zeros (everything in it was removed)."""
+    """Softmax over the last axis; a row of −inf alone gives zeros: all of it was removed."""
     top = logits.max(-1, keepdims=True)
     exponent = np.exp(logits - np.where(np.isfinite(top), top, 0.0))
     return np.asarray(exponent / np.maximum(exponent.sum(-1, keepdims=True), 1e-300))

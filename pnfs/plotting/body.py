@@ -17,8 +17,9 @@ _MIDDLE: dict[str, Point] = {
     "pelvis": (0.0, 0.52),
 }  # fmt: skip
 _SIDES: dict[str, Point] = {
-    "eye": (0.032, 0.072), "ear": (0.072, 0.088), "shoulder": (0.135, 0.245), "elbow": (0.195, 0.395),
-    "wrist": (0.235, 0.54), "hip": (0.085, 0.53), "knee": (0.10, 0.76), "ankle": (0.11, 0.99),
+    "eye": (0.032, 0.072), "ear": (0.072, 0.088), "shoulder": (0.135, 0.245),
+    "elbow": (0.195, 0.395), "wrist": (0.235, 0.54), "hip": (0.085, 0.53),
+    "knee": (0.10, 0.76), "ankle": (0.11, 0.99),
 }  # fmt: skip
 
 
@@ -38,9 +39,15 @@ def body_points(skeleton: Skeleton) -> list[Point]:
 
 
 def draw_body(
-    canvas: Canvas, centre: float, top: float, height: float, skeleton: Skeleton, part: Collection[int], colour: str
+    canvas: Canvas,
+    centre: float,
+    top: float,
+    height: float,
+    skeleton: Skeleton,
+    part: Collection[int],
+    colour: str,
 ) -> None:
-    """A silhouette of `height` inches below (centre, top), with the keypoints of `part` in `colour`."""
+    """A silhouette of `height` inches below (centre, top); the keypoints of `part` in `colour`."""
 
     def place(x: float, y: float) -> Point:
         return centre + x * height, top + y * height
@@ -52,13 +59,16 @@ def draw_body(
             joints = [place(sign * _SIDES[name][0], _SIDES[name][1]) for name in limb]
             canvas.line(joints, SILHOUETTE, thick, layer=2)
     canvas.line([place(0.0, 0.16), place(0.0, 0.26)], SILHOUETTE, thick, layer=2)
-    torso = [(_SIDES[name], sign) for name, sign in (("shoulder", -1), ("shoulder", 1), ("hip", 1), ("hip", -1))]
+    torso = [
+        (_SIDES[name], sign)
+        for name, sign in (("shoulder", -1), ("shoulder", 1), ("hip", 1), ("hip", -1))
+    ]
     canvas.line([place(s * x, y) for (x, y), s in torso], SILHOUETTE, thick, filled=True, layer=2)
 
     points = [place(x, y) for x, y in body_points(skeleton)]
     limbs = [[points[a], points[b]] for a, b in skeleton.limbs if a in part and b in part]
     for width, ink in ((3.4, INK), (2.2, colour)):
-        for limb in limbs:
-            canvas.line(limb, ink, width)
+        for ends in limbs:
+            canvas.line(ends, ink, width)
     for k in part:
         canvas.disc(points[k], 0.030, colour, INK, 0.6)

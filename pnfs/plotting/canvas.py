@@ -1,4 +1,4 @@
-"""A sheet whose unit is the inch, y downwards: what is measured in points fits where it is planned."""
+"""A sheet whose unit is the inch, y downwards: text measured in points fits as planned."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ Point = tuple[float, float]
 @lru_cache(maxsize=1024)
 def text_width(text: str, size: float) -> float:
     """Width in inches of `text` set in `size` points."""
-    extents = TextPath((0, 0), text, size=size, prop=FontProperties(family="DejaVu Sans")).get_extents()
+    extents = TextPath(
+        (0, 0), text, size=size, prop=FontProperties(family="DejaVu Sans")
+    ).get_extents()
     return float(extents.width) * POINT
 
 
@@ -88,7 +90,13 @@ class Canvas:
         return patch
 
     def disc(
-        self, centre: Point, radius: float, fill: str, edge: str = "none", line: float = 0.5, layer: float = 4
+        self,
+        centre: Point,
+        radius: float,
+        fill: str,
+        edge: str = "none",
+        line: float = 0.5,
+        layer: float = 4,
     ) -> None:
         """A filled circle."""
         self._axes.add_patch(
@@ -96,15 +104,26 @@ class Canvas:
         )
 
     def line(
-        self, points: Sequence[Point], colour: str, width: float, *, filled: bool = False, layer: float = 3
+        self,
+        points: Sequence[Point],
+        colour: str,
+        width: float,
+        *,
+        filled: bool = False,
+        layer: float = 3,
     ) -> None:
         """Straight segments with round ends, `width` in points; `filled` closes and fills them."""
         path = Path([*points, points[0]] if filled else list(points), closed=filled)
         self._axes.add_patch(
             PathPatch(
-                path, facecolor=colour if filled else "none", edgecolor=colour, linewidth=width,
-                capstyle="round", joinstyle="round", zorder=layer,
-            )  # fmt: skip
+                path,
+                facecolor=colour if filled else "none",
+                edgecolor=colour,
+                linewidth=width,
+                capstyle="round",
+                joinstyle="round",
+                zorder=layer,
+            )
         )
 
     def arrow(
@@ -128,9 +147,14 @@ class Canvas:
         pattern = (0, (4 / width, 2 / width)) if dashed else "solid"  # matplotlib scales by width
         self._axes.add_patch(
             PathPatch(
-                curve, fill=False, edgecolor=colour, linewidth=width, linestyle=pattern,
-                capstyle="butt", zorder=layer,
-            )  # fmt: skip
+                curve,
+                fill=False,
+                edgecolor=colour,
+                linewidth=width,
+                linestyle=pattern,
+                capstyle="butt",
+                zorder=layer,
+            )
         )
         if head:
             half = (HEAD_WIDTH + 1.2 * width) / 2 * POINT

@@ -37,7 +37,9 @@ def legend_size(panels: Sequence[Panel], *, stacked: bool) -> tuple[float, float
     return 3 * BLOCK_W + 2 * BLOCK_GAP, max(heights)
 
 
-def draw_legend(canvas: Canvas, panels: Sequence[Panel], x: float, y: float, *, stacked: bool) -> None:
+def draw_legend(
+    canvas: Canvas, panels: Sequence[Panel], x: float, y: float, *, stacked: bool
+) -> None:
     """Three blocks, one below the other or side by side, from the upper left corner (x, y)."""
     for draw in (_connections, _operation_names, _cells):
         lines = draw(canvas, panels, x, y)

@@ -49,8 +49,10 @@ INPUT_NAMES = {True: "stem", False: "pyramid"}  # by Topology.from_stem
 
 @dataclass(frozen=True)
 class Panel:
-    """One fabric to draw: `alpha` (edges, ops) and `beta` (cells, 3) are softmax values, `keypoints`
-    the skeleton's indices that it predicts (none for a backbone)."""
+    """One fabric to draw: `alpha` (edges, ops) and `beta` (cells, 3) are softmax values.
+
+    `keypoints` are the skeleton's indices that it predicts; none for a backbone.
+    """
 
     name: str
     topology: Topology
@@ -98,7 +100,13 @@ def live_cells(topology: Topology, beta: Floats, threshold: float) -> frozenset[
 
 
 def draw_panel(
-    canvas: Canvas, panel: Panel, x: float, y: float, height: float, skeleton: Skeleton | None, threshold: float
+    canvas: Canvas,
+    panel: Panel,
+    x: float,
+    y: float,
+    height: float,
+    skeleton: Skeleton | None,
+    threshold: float,
 ) -> None:
     """Draw `panel` in a frame of `height` inches with its upper left corner at (x, y)."""
     canvas.box(x, y, panel.width, height, edge=FRAME, line=1.0, radius=0.08, layer=1)
@@ -198,7 +206,9 @@ def _leave_at(source: Place, targets: Sequence[tuple[CellRow, CellInput]]) -> li
     """Where on the source's right side each arrow starts, as an offset downwards from its centre:
     level with its end where two do not collide, else side by side in the order of the ends."""
     offsets = [
-        PORT_OF_SLOT[x.slot] if cell.level == source[1] else PORT * (1 if cell.level > source[1] else -1)
+        PORT_OF_SLOT[x.slot]
+        if cell.level == source[1]
+        else PORT * (1 if cell.level > source[1] else -1)
         for cell, x in targets
     ]
     if len(set(offsets)) == len(offsets):
@@ -266,7 +276,9 @@ def _draw_outputs(
     if show_body:
         assert skeleton is not None
         height = LEVELS * PITCH_Y - 0.62
-        draw_body(canvas, centre, grid.row(0) - 0.16, height, skeleton, panel.keypoints, panel.colour)
+        draw_body(
+            canvas, centre, grid.row(0) - 0.16, height, skeleton, panel.keypoints, panel.colour
+        )
         count = f"{len(panel.keypoints)} of {skeleton.num_keypoints}"
         canvas.text(centre, grid.bottom - 0.14, count, 7.5, align="center", colour=SOFT)
 
@@ -293,5 +305,3 @@ def _draw_operations(canvas: Canvas, panel: Panel, grid: _Grid) -> None:
             x += part
         canvas.box(left, y, width, BAR_H, edge=INK, line=0.8, layer=4)
         y += BAR_H + BAR_GAP
-
-

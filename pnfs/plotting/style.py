@@ -12,8 +12,8 @@ from pnfs.errors import PnfsError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, distinct for all common forms of colour blindness, plus one dark red so that
-# Table I's eight parts differ. The same part has the same colour in every picture.
+# Okabe and Ito's palette, distinct for all common forms of colour blindness, plus one dark red so
+# that Table I's eight parts differ. A part has the same colour in every picture.
 PART_COLOURS = (
     "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#882255",
 )  # fmt: skip
@@ -40,7 +40,7 @@ def part_colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def operation_colours(names: Sequence[str]) -> dict[str, str]:
-    """Operation name -> `#RRGGBB`; operations registered by others get the spare colours in turn."""
+    """Operation name -> `#RRGGBB`; operations not listed above get spare colours in turn."""
     unknown = [name for name in names if name not in OPERATION_COLOURS]
     spare = {name: OTHER_OPERATIONS[i % len(OTHER_OPERATIONS)] for i, name in enumerate(unknown)}
     return {name: OPERATION_COLOURS.get(name) or spare[name] for name in names}

@@ -1,0 +1,281 @@
+"""Training curves from metrics.jsonl: loss, scores and learning rate of one or more runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from pnfs.errors import PnfsError
+from pnfs.plotting.style import FAINT, SOFT, drawing, save_figure
+from pnfs.runlog import METRICS
+
+SCORES = ("AP", "AP50", "Mean@0.5", "Mean@0.1 (<=0.10)")  # shown if there, of one run
+# The parts' palette, darkest first and without yellow, which does not read as a line on white.
+RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
+LINE_STYLES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
+SMOOTH_FROM = 60  # rows from which the moving average is drawn over the raw losses
+
+_PLAIN = FuncFormatter(lambda value, _: f"{value:.6g}")  # 0.003, not 3 × 10⁻³
+
+Series = tuple[list[float], list[float]]  # steps and values
+Runs = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One run's series: steps and finite values of the loss, the learning rate and every score."""
+
+    loss: Series
+    learning_rate: Series
+    scores: dict[str, Series]
+
+
+def read_curves(path: str | Path) -> Curves:
+    """Read `metrics.jsonl` (or the one in a run folder).
+
+    A training row holds `step`, `loss` and `lr`; an evaluation row `step` and scores, under
+    `metrics` or `eval` or beside `"event": "eval"`. Fields that are missing, null or not finite
+    leave a gap. The last line may be cut off, as after a crash.
+
+    Raises:
+        PnfsError: no such file, or a line other than the last that is not a JSON object.
+    """
+    path = Path(path)
+    file = path / METRICS if path.is_dir() else path
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise PnfsError(
+            f"metrics {file}: cannot be read ({error.strerror or error}); "
+            f"give a run folder or its {METRICS}"
+        ) from None
+    curves = Curves(([], []), ([], []), {})
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            _add(curves, row)
+        elif line.strip() and number < len(lines):
+            raise PnfsError(f"metrics {file}: line {number} is not a JSON object; remove it")
+    return curves
+
+
+def plot_curves(runs: Runs, path: str | Path, *, title: str | None = None) -> list[Path]:
+    """Loss on a logarithmic scale, scores at evaluations and learning rate over training steps.
+
+    Args:
+        runs: a metrics.jsonl or run folder; several of them, labelled by folder name; or a mapping
+            label -> file, as for Fig. 6 (with and without vector in pixel).
+        path: a .svg or .png file; without a suffix both are written.
+        title: one line above everything.
+
+    Returns:
+        The files written.
+
+    Raises:
+        PnfsError: unreadable or empty metrics, no run, an unknown suffix or an unwritable file.
+    """
+    curves = {label: read_curves(source) for label, source in _labelled(runs).items()}
+    for label, run in curves.items():
+        if not (run.loss[0] or run.scores):
+            raise PnfsError(
+                f"metrics of '{label}': no loss and no score in it yet; train for longer"
+            )
+    with drawing():
+        figure = Figure(figsize=(10, 4.4))
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(
+            2, 2, width_ratios=(1.25, 1), height_ratios=(1.6, 1), wspace=0.18, hspace=0.42,
+            left=0.07, right=0.98, bottom=0.11, top=0.85 if title else 0.92,
+        )  # fmt: skip
+        if title:
+            figure.text(0.07, 0.945, title, fontsize=12, fontweight="bold", va="center")
+        loss = figure.add_subplot(grid[:, 0])
+        scores = figure.add_subplot(grid[0, 1], sharex=loss)
+        learning_rate = figure.add_subplot(grid[1, 1], sharex=loss)
+        _plot_loss(loss, curves)
+        _plot_scores(scores, curves)
+        _plot_learning_rate(learning_rate, curves)
+        loss.set_xlim(left=0)
+        return save_figure(figure, path)
+
+
+def _add(curves: Curves, row: Mapping[str, Any]) -> None:
+    """Sort one row's numbers into the series."""
+    step = _number(row.get("step"))
+    if step is None:
+        return
+    nested = row.get("metrics", row.get("eval"))
+    flat = row if row.get("event") == "eval" else {}
+    scores = nested if isinstance(nested, Mapping) else flat
+    for name, given in scores.items():
+        value = _number(given)
+        if value is not None and name not in ("step", "epoch") and not name.endswith("seconds"):
+            steps, values = curves.scores.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(value)
+    if not scores:
+        for name, (steps, values) in (("loss", curves.loss), ("lr", curves.learning_rate)):
+            value = _number(row.get(name))
+            if value is not None:
+                steps.append(step)
+                values.append(value)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None for anything else."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+def _labelled(runs: Runs) -> dict[str, str | Path]:
+    if isinstance(runs, Mapping):
+        labelled = dict(runs)
+    else:
+        sources = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+        names = [run.parent.name if run.name == METRICS else run.stem for run in sources]
+        if len(set(names)) < len(names):
+            names = [str(run) for run in sources]
+        labelled = dict(zip(names, sources, strict=True))
+    if not labelled:
+        raise PnfsError("curves: no run given; pass a run folder or its metrics.jsonl")
+    return labelled
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=9.5, fontweight="bold", loc="left")
+    axes.grid(color=FAINT, linewidth=0.5, alpha=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, colors=SOFT)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+
+
+def _colour(i: int) -> str:
+    return RUN_COLOURS[i % len(RUN_COLOURS)]
+
+
+def _marker(values: Sequence[float]) -> dict[str, Any]:
+    """Few points are marked, so that a single one is seen."""
+    return {"marker": "o", "markersize": 3.5} if len(values) <= 30 else {}
+
+
+def _empty(axes: Axes, text: str) -> None:
+    """A panel without data says so."""
+    axes.text(
+        0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=9, color=SOFT
+    )
+    axes.set_yticks([])
+
+
+def _plot_loss(axes: Axes, curves: Mapping[str, Curves]) -> None:
+    smoothed = 0
+    for i, (label, run) in enumerate(curves.items()):
+        points = [(s, v) for s, v in zip(*run.loss, strict=True) if v > 0]  # logarithmic scale
+        if not points:
+            continue
+        steps, values = np.array(points).T
+        style: dict[str, Any] = {"color": _colour(i), "linewidth": 1.6, "label": label}
+        if len(values) >= SMOOTH_FROM:
+            axes.plot(steps, values, color=_colour(i), linewidth=0.7, alpha=0.35)
+            window = max(3, len(values) // 40) | 1
+            smoothed = max(smoothed, window)
+            axes.plot(steps, _moving_average(values, window), **style)
+        else:
+            axes.plot(steps, values, **style, **_marker(values))
+    _style(axes, "Training loss" + (f" (thick: mean of {smoothed} rows)" if smoothed else ""))
+    axes.set_xlabel("step", fontsize=8.5, color=SOFT)
+    if not axes.lines:
+        _empty(axes, "no loss recorded")
+        return
+    axes.set_yscale("log")
+    _plain_log_ticks(axes)
+    if len(curves) > 1:
+        axes.legend(fontsize=8.5, frameon=False, loc="upper right")
+
+
+def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean; at the ends, of as many values as there are."""
+    kernel = np.ones(window)
+    counts = np.convolve(np.ones(len(values)), kernel, mode="same")
+    return np.asarray(np.convolve(values, kernel, mode="same") / counts)
+
+
+def _plain_log_ticks(axes: Axes) -> None:
+    """On less than three decades, label intermediate values too."""
+    low, high = axes.get_ylim()
+    subs = (1.0, 2.0, 3.0, 5.0) if high / low < 30 else (1.0, 3.0) if high / low < 1e3 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(_PLAIN)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _plot_scores(axes: Axes, curves: Mapping[str, Curves]) -> None:
+    present = list(dict.fromkeys(name for run in curves.values() for name in run.scores))
+    chosen = [name for name in SCORES if name in present] or present[:2]
+    if len(curves) > 1:
+        chosen = chosen[:1]  # colour tells runs apart; a second score would double the lines
+    several = len(curves) > 1
+    for i, (label, run) in enumerate(curves.items()):
+        for j, name in enumerate(chosen):
+            steps, values = run.scores.get(name, ([], []))
+            if steps:
+                last = f"{values[-1]:.3f}" if abs(values[-1]) <= 1 else f"{values[-1]:.1f}"
+                axes.plot(
+                    steps,
+                    values,
+                    color=_colour(i if several else j),
+                    linestyle=LINE_STYLES[0 if several else j],
+                    linewidth=1.6,
+                    label=f"{label if several else name}  {last}",
+                    **_marker(values),
+                )
+    _style(axes, f"{chosen[0] if several and chosen else 'Score'} at evaluations")
+    if not axes.lines:
+        _empty(axes, "no evaluation yet")
+        return
+    axes.legend(
+        fontsize=8,
+        frameon=False,
+        loc="best",
+        title="last value",
+        title_fontsize=7.5,
+        alignment="left",
+    )
+
+
+def _plot_learning_rate(axes: Axes, curves: Mapping[str, Curves]) -> None:
+    for i, run in enumerate(curves.values()):
+        steps, values = run.learning_rate
+        if steps:
+            # Equal schedules of several runs lie on each other: dashes let the lower ones through.
+            axes.plot(
+                steps,
+                values,
+                color=_colour(i),
+                linewidth=1.6,
+                linestyle=LINE_STYLES[i % len(LINE_STYLES)],
+            )
+    _style(axes, "Learning rate")
+    axes.set_xlabel("step", fontsize=8.5, color=SOFT)
+    if not axes.lines:
+        _empty(axes, "no learning rate recorded")
+        return
+    highest = max(value for run in curves.values() for value in run.learning_rate[1])
+    axes.set_ylim(0, 1.15 * highest if highest > 0 else 1.0)
+    axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 5, 10]))
+    axes.yaxis.set_major_formatter(_PLAIN)

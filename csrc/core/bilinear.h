@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "platform.h"
+#include "core/macros.h"
 
 namespace pnfs {
 
@@ -20,7 +20,7 @@ struct Affine {
 };
 
 // The matrix of the map after the output is mirrored: column x shows what width-1-x would.
-PNFS_INLINE Affine load_affine(const float* m, bool mirror, int width) {
+PNFS_HOST_DEVICE inline Affine load_affine(const float* m, bool mirror, int width) {
   Affine t{m[0], m[1], m[2], m[3], m[4], m[5]};
   if (mirror) {
     t.c += t.a * (width - 1);
@@ -33,7 +33,7 @@ PNFS_INLINE Affine load_affine(const float* m, bool mirror, int width) {
 
 // value[c] = Σ over the four taps around (sx, sy) of weight·pixel, a tap outside counting 0.
 // A coordinate that is infinite or NaN reads nothing.
-PNFS_INLINE void bilinear(ByteImage image, double sx, double sy, float value[3]) {
+PNFS_HOST_DEVICE inline void bilinear(ByteImage image, double sx, double sy, float value[3]) {
   value[0] = value[1] = value[2] = 0.0f;
   if (!(sx > -1.0 && sy > -1.0 && sx < image.width && sy < image.height)) return;
   const int x0 = static_cast<int>(floor(sx));

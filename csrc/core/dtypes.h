@@ -5,7 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "platform.h"
+#include "core/macros.h"
 
 namespace pnfs {
 
@@ -16,13 +16,13 @@ struct Float16 {
   std::uint16_t bits;
 };
 
-PNFS_INLINE std::uint32_t float_bits(float value) {
+PNFS_HOST_DEVICE inline std::uint32_t float_bits(float value) {
   std::uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-PNFS_INLINE float bits_float(std::uint32_t bits) {
+PNFS_HOST_DEVICE inline float bits_float(std::uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
@@ -30,15 +30,15 @@ PNFS_INLINE float bits_float(std::uint32_t bits) {
 
 // To storage: round to nearest, ties to even, as torch does. NaN stays NaN.
 template <class T>
-PNFS_INLINE T from_float(float value);
+PNFS_HOST_DEVICE inline T from_float(float value);
 
 template <>
-PNFS_INLINE float from_float<float>(float value) {
+PNFS_HOST_DEVICE inline float from_float<float>(float value) {
   return value;
 }
 
 template <>
-PNFS_INLINE BFloat16 from_float<BFloat16>(float value) {
+PNFS_HOST_DEVICE inline BFloat16 from_float<BFloat16>(float value) {
   const std::uint32_t bits = float_bits(value);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
@@ -46,7 +46,7 @@ PNFS_INLINE BFloat16 from_float<BFloat16>(float value) {
 }
 
 template <>
-PNFS_INLINE Float16 from_float<Float16>(float value) {
+PNFS_HOST_DEVICE inline Float16 from_float<Float16>(float value) {
   const std::uint32_t bits = float_bits(value);
   const std::uint32_t sign = (bits >> 16) & 0x8000u;
   const std::uint32_t magnitude = bits & 0x7fffffffu;
@@ -61,26 +61,31 @@ PNFS_INLINE Float16 from_float<Float16>(float value) {
 }
 
 template <class T>
-PNFS_INLINE float to_float(T value);
+PNFS_HOST_DEVICE inline float to_float(T value);
 
 template <>
-PNFS_INLINE float to_float<float>(float value) {
+PNFS_HOST_DEVICE inline float to_float<float>(float value) {
   return value;
 }
 
 template <>
-PNFS_INLINE float to_float<BFloat16>(BFloat16 value) {
+PNFS_HOST_DEVICE inline float to_float<BFloat16>(BFloat16 value) {
   return bits_float(static_cast<std::uint32_t>(value.bits) << 16);
 }
 
 template <>
-PNFS_INLINE float to_float<Float16>(Float16 value) {
+PNFS_HOST_DEVICE inline float to_float<Float16>(Float16 value) {
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
   if (magnitude >= 0x400u) return bits_float(sign | ((magnitude << 13) + 0x38000000u));
   // Subnormal: a multiple of 2^-24.
   return bits_float(sign | float_bits(static_cast<float>(magnitude) * 5.9604644775390625e-8f));
+}
+
+template <class T>
+PNFS_HOST_DEVICE inline float load(const T* address) {
+  return to_float(*address);
 }
 
 // Calls `visit` with a value of the storage type that `code` names (see DTYPE_CODES in

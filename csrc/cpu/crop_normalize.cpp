@@ -5,9 +5,6 @@
 // are one interval. There a pixel is two 8-byte loads (both taps of a source row at once) and a few
 // 8-wide operations; the columns beside it take the careful path of core/bilinear.h.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -19,6 +16,7 @@
 
 #include "core/bilinear.h"
 #include "core/dtypes.h"
+#include "cpu/ops.h"
 
 namespace pnfs {
 namespace {
@@ -126,11 +124,11 @@ void warp_row(const Job& job, std::int64_t n, int y, Scratch& scratch) {
   const double origin_x = map.b * y + map.c, origin_y = map.e * y + map.f;
   const std::int64_t stride = std::int64_t{image.width} * 3;
 
-  // The 8-byte loads end two bytes past the right tap, so the last column is left to the careful
-  // path where that would leave the buffer: with the crop's last two rows.
+  // The 8-byte loads end two bytes past the right tap. Where that would leave the buffer, what
+  // touches the crop's last row takes the careful path.
   const bool at_end = job.offsets[n] + stride * image.height + 2 > job.bytes;
-  const double limit_x = image.width - 1;
-  const double limit_y = image.height - (at_end ? 2 : 1);
+  const int last_left = image.width - 2, last_top = image.height - (at_end ? 3 : 2);
+  const double limit_x = last_left + 1.0, limit_y = last_top + 1.0;
   double low = 0.0, high = job.width - 1.0;
   narrow(map.a, origin_x, limit_x, low, high);
   narrow(map.d, origin_y, limit_y, low, high);
@@ -140,7 +138,9 @@ void warp_row(const Job& job, std::int64_t n, int y, Scratch& scratch) {
   });
   for (int x = inner.begin; x < inner.end; ++x) {
     const double sx = map.a * x + origin_x, sy = map.d * x + origin_y;
-    const int left = static_cast<int>(sx), top = static_cast<int>(sy);
+    // The minimum matters only if this sum is rounded otherwise than the one in `inside`.
+    const int left = std::min(static_cast<int>(sx), last_left);
+    const int top = std::min(static_cast<int>(sy), last_top);
     scratch.offset[x] = top * stride + left * 3;
     scratch.fx[x] = static_cast<float>(sx - left);
     scratch.fy[x] = static_cast<float>(sy - top);
@@ -184,34 +184,28 @@ void check_crops(const Job& job) {
   }
 }
 
-void crop_normalize(std::uintptr_t pixels, std::int64_t bytes, std::uintptr_t offsets,
-                    std::uintptr_t sizes, std::uintptr_t matrices, std::uintptr_t flips,
-                    std::int64_t count, int height, int width, std::array<float, 3> scale,
-                    std::array<float, 3> bias, bool rgb, int dtype, std::uintptr_t out) {
-  Job job{reinterpret_cast<const std::uint8_t*>(pixels),
-          reinterpret_cast<const std::int64_t*>(offsets),
-          reinterpret_cast<const std::int32_t*>(sizes),
-          reinterpret_cast<const float*>(matrices),
-          reinterpret_cast<const std::uint8_t*>(flips),
-          {scale[0], scale[1], scale[2], 0.0f},
-          {bias[0], bias[1], bias[2], 0.0f},
-          bytes,
-          count,
-          height,
-          width,
-          rgb};
+}  // namespace
+
+void crop_normalize(Address pixels, std::int64_t bytes, Address offsets, Address sizes,
+                    Address matrices, Address flips, std::int64_t count, int height, int width,
+                    std::array<float, 3> scale, std::array<float, 3> bias, bool rgb, int dtype,
+                    Address out) {
+  const Job job{reinterpret_cast<const std::uint8_t*>(pixels),
+                reinterpret_cast<const std::int64_t*>(offsets),
+                reinterpret_cast<const std::int32_t*>(sizes),
+                reinterpret_cast<const float*>(matrices),
+                reinterpret_cast<const std::uint8_t*>(flips),
+                {scale[0], scale[1], scale[2], 0.0f},
+                {bias[0], bias[1], bias[2], 0.0f},
+                bytes,
+                count,
+                height,
+                width,
+                rgb};
   check_crops(job);
-  pybind11::gil_scoped_release release;
   dispatch_dtype(dtype, [&](auto element) {
     warp_all(job, reinterpret_cast<decltype(element)*>(out));
   });
-}
-
-}  // namespace
-
-void register_crop_normalize(pybind11::module_& module) {
-  module.def("crop_normalize", &crop_normalize,
-             "Raw addresses of contiguous arrays; see pnfs/kernels/crop_normalize.py.");
 }
 
 }  // namespace pnfs

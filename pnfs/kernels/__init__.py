@@ -6,6 +6,7 @@ with kernels.use_backend("torch"):   # "auto" | "torch" | "cpp" | "triton" | "cu
 print(kernels.explain())
 """
 
+from pnfs.kernels.crop_normalize import crop_normalize
 from pnfs.kernels.registry import dispatch, explain, ops, use_backend
 
-__all__ = ["dispatch", "explain", "ops", "use_backend"]
+__all__ = ["crop_normalize", "dispatch", "explain", "ops", "use_backend"]

@@ -6,11 +6,13 @@ module reads that record and never raises for a missing module: the reference ba
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,9 +42,28 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         entry = build_record().get("modules", {}).get(name, {})
         return None, entry.get("reason") or f"pnfs.{name} is not built; {REBUILD}"
     try:
+        if name == "_cpu":
+            _share_openmp()
         return importlib.import_module(f"pnfs.{name}"), ""
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return None, f"pnfs.{name} cannot be loaded ({error}); {REBUILD}"
+
+
+def _share_openmp() -> None:
+    """Make the OpenMP runtime that torch has loaded visible to `pnfs._cpu`.
+
+    torch's wheels bring their own libgomp, under a name that varies, and a second copy would mean a
+    second pool of threads beside torch's. So `pnfs._cpu` is linked against none, and its symbols
+    are found in the copy that is loaded already; without one, in the system's.
+    """
+    loaded = [
+        line.split(maxsplit=5)[-1].strip()
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        if "omp" in line
+    ]
+    runtimes = [path for path in loaded if re.search(r"/lib(gomp|iomp5|omp)\b[^/]*$", path)]
+    runtimes.sort(key=lambda path: "/torch" not in path)  # torch's own before another package's
+    ctypes.CDLL(runtimes[0] if runtimes else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
 def module(name: str) -> ModuleType:
@@ -55,6 +76,21 @@ def module(name: str) -> ModuleType:
     if found is None:
         raise PnfsError(reason)
     return found
+
+
+def call(name: str, function: str, *args: Any, shapes: str) -> Any:
+    """Call `function` of the compiled module `name`.
+
+    Raises:
+        PnfsError: the arguments do not fit together, with `shapes` for the reader.
+        RuntimeError: the launch failed; names the op and `shapes`.
+    """
+    try:
+        return getattr(module(name), function)(*args)
+    except IndexError as error:
+        raise PnfsError(f"{function}: {error} ({shapes})") from None
+    except RuntimeError as error:
+        raise RuntimeError(f"{function}: {error} ({shapes})") from None
 
 
 @functools.cache

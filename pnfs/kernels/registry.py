@@ -4,7 +4,7 @@ Every op has the backend `torch`, its plain PyTorch reference: the definition, t
 oracle of the tests. An op's file registers the others:
 
     OP = register_op("my_op", reference=my_op_reference)
-    OP.register("cpp", _launch_cpp, can_run=_can_run)     # can_run(*args) -> (ok, reason)
+    OP.register_native("cpp", _cpp, _fake, _can_run)     # _can_run(*args) -> (ok, reason)
 
     def my_op(x, ...):            # the public function: check the arguments, then dispatch
         return OP(x, ...)
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -32,10 +33,17 @@ from pnfs.kernels.checks import RUNS, Verdict
 Backend = Literal["torch", "cpp", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+# Devices on which a backend's functions are defined; Triton's interpreter takes CPU tensors.
+NATIVE_DEVICES: dict[str, tuple[str, ...]] = {
+    "cpp": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cuda", "cpu"),
+}
 
 _ops: dict[str, Op] = {}
 # What use_backend asked for: op name -> backend; "*" is every op that is not named.
-_request: ContextVar[Mapping[str, str]] = ContextVar("pnfs_backend", default={"*": "auto"})
+_AUTO_FOR_ALL: Mapping[str, str] = MappingProxyType({"*": "auto"})
+_request: ContextVar[Mapping[str, str]] = ContextVar("pnfs_backend", default=_AUTO_FOR_ALL)
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,21 @@ class Op:
             raise ValueError(f"{self.name} already has the backend {backend}")
         self.backends[backend] = Implementation(fn, can_run, symbol or self.name)
 
+    def register_native(
+        self,
+        backend: Backend,
+        fn: Callable[..., Any],
+        fake: Callable[..., Any],
+        can_run: Callable[..., Verdict],
+        **options: Any,
+    ) -> None:
+        """Add a backend that torch shall not look into: wraps `fn` by `torch_op` under the name
+        `<op>_<backend>` with the reference's signature, then registers it. `options` are those of
+        `torch_op`: setup_context, backward, cost."""
+        name, devices = f"{self.name}_{backend}", NATIVE_DEVICES[backend]
+        launch = torch_op(name, fn, fake, devices, like=self.reference, **options)
+        self.register(backend, launch, can_run)
+
     def verdict(self, backend: str, args: Sequence[Any]) -> Verdict:
         """Whether `backend` can run this call, and the reason if not."""
         implementation = self.backends.get(backend)
@@ -107,7 +130,7 @@ class Op:
 
 
 def register_op(name: str, reference: Callable[..., Any]) -> Op:
-    """Make an op known. `reference` takes positional arguments; the first tensor decides the device."""
+    """Make an op known. `reference` takes positional arguments, and its signature is the op's."""
     if name in _ops:
         raise ValueError(f"op {name} is registered twice")
     op = _ops[name] = Op(name, reference)
@@ -136,7 +159,7 @@ def device_type(args: Sequence[Any]) -> str:
         if isinstance(arg, Tensor):
             return arg.device.type
         if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor):
-            return cast(Tensor, arg[0]).device.type
+            return arg[0].device.type
     return "cpu"
 
 
@@ -243,8 +266,8 @@ class OpCost:
     conv_macs: int = 0
 
 
-# torch op ("pnfs::name") -> cost(args, outputs), which reads shapes and dtypes only. An op without an
-# entry counts as one launch that reads every argument and writes every result once.
+# torch op ("pnfs::name") -> cost(args, outputs), which reads shapes and dtypes only. An op without
+# an entry counts as one launch that reads every argument and writes every result once.
 op_costs: dict[str, Callable[[Sequence[Any], Any], OpCost]] = {}
 
 # A fragment, because each op's file adds its own definitions.
@@ -255,8 +278,9 @@ def torch_op(
     name: str,
     fn: Callable[..., Any],
     fake: Callable[..., Any],
-    *,
     devices: Sequence[str],
+    *,
+    like: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     cost: Callable[[Sequence[Any], Any], OpCost] | None = None,
@@ -268,14 +292,15 @@ def torch_op(
 
     Args:
         name: `<op>_<backend>`, plus `_backward` for a gradient.
-        fn: annotated with the types that `torch.library.infer_schema` reads (Tensor, int, float,
-            bool, torch.dtype, sequences); allocates and returns new tensors, changes no argument.
+        fn: allocates and returns new tensors; changes no argument and returns none.
         fake: the same arguments; returns empty tensors of the right shape, dtype and strides.
-        devices: "cpu", "cuda".
+        devices: device types that `fn` takes: "cpu", "cuda".
+        like: the function whose annotated signature is the op's, where `fn` itself has none; types
+            are those that `torch.library.infer_schema` reads. Usually the reference.
         setup_context, backward: as `torch.library.register_autograd` takes them.
         cost: what a call really costs, for `pnfs.count_costs`; see `op_costs`.
     """
-    schema = torch.library.infer_schema(fn, mutates_args=())
+    schema = torch.library.infer_schema(like or fn, mutates_args=())
     _library.define(f"{name}{schema}", tags=(torch.Tag.needs_exact_strides,))
     for device in devices:
         _library.impl(name, fn, device.upper())

@@ -52,5 +52,5 @@ class FabricBackbone(Backbone):
         self.fabric = Fabric(topology, 1, profile=config.profile)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images (N, 3, H, W) → four maps (N, C, H/4, W/4) … (N, 8C, H/32, W/32), C = `channels[0]`."""
+        """Images (N, 3, H, W) → four maps (N, channels[level], H / s, W / s), s = 4, 8, 16, 32."""
         return tuple(level[0] for level in self.fabric((self.stem(images),)))

@@ -97,7 +97,9 @@ class Cell(nn.Module):
         self.edges = nn.ModuleList(
             MixedEdge(topology.operations, parts, row.channels, profile) for _ in topology.edges
         )
-        self.output = PartConv2d(parts, row.channels * topology.hidden, row.channels, 1, bias=True)
+        self.output = PartConv2d(
+            parts, row.channels * topology.hidden, row.channels, 1, bias=True, normalised=False
+        )
 
     def input_node(self, features: Features, beta_P3: Tensor) -> Tensor:
         """h₀ = Σ softmax(β) · T(O) over parallel, above and below (Eq. 2)."""
@@ -154,7 +156,7 @@ class Fabric(nn.Module):
         self.reduce = nn.ModuleList()
         if in_channels is not None and in_channels[0] != topology.channels_at(0):
             self.reduce.extend(
-                PartConv2d(parts, channels, topology.channels_at(level), 1, bias=True)
+                PartConv2d(parts, channels, topology.channels_at(level), 1, bias=True, normalised=False)
                 for level, channels in enumerate(in_channels)
             )
         self.cells = nn.ModuleDict({row.name: Cell(row, topology, parts, profile) for row in topology.cells})

@@ -44,7 +44,12 @@ def over_parts(layers: Sequence[nn.Module], x_PNCHW: Tensor) -> Tensor:
 
 
 class PartConv2d(PartLayer):
-    """P convolutions. weight (P, out, in / groups, k, k); bias (P, out) or none."""
+    """P convolutions. weight (P, out, in / groups, k, k); bias (P, out) or none.
+
+    Weights start as N(0, gain / fan_in): gain 2 (He) before batch normalisation, where only gradients
+    feel it; the smaller gain of `torch.nn.Conv2d`'s default for a convolution that nothing normalises,
+    because the sums over inputs and operations enlarge its output from layer to layer.
+    """
 
     def __init__(
         self,
@@ -57,14 +62,16 @@ class PartConv2d(PartLayer):
         dilation: int = 1,
         groups: int = 1,
         bias: bool = False,
+        normalised: bool = True,
     ) -> None:
         super().__init__()
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self.padding = dilation * (kernel_size // 2)
-        fan_out = out_channels // groups * kernel_size**2
+        fan_in = in_channels // groups * kernel_size**2
+        gain = 2 if normalised else 1 / 3
         self.weight = nn.Parameter(
             torch.randn(parts, out_channels, in_channels // groups, kernel_size, kernel_size)
-            * math.sqrt(2 / fan_out)
+            * math.sqrt(gain / fan_in)
         )
         self.bias = nn.Parameter(torch.zeros(parts, out_channels)) if bias else None
 

@@ -142,10 +142,18 @@ def test_training_counts_the_backward_pass_but_not_its_multiply_adds() -> None:
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_bytes_scale_with_the_batch_and_launches_do_not(mode: Any) -> None:
-    model = hollow_preset("tiny")
-    two, four = (count_costs(model, (128, 96), batch=n, mode=mode) for n in (2, 4))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    two, four = (count_costs(model, (64, 64), batch=n, mode=mode) for n in (2, 4))
     assert (two.launches, two.conv_macs, two.params) == (four.launches, four.conv_macs, four.params)
-    assert 1.8 < four.bytes / two.bytes < 2
+    assert 1.9 < four.bytes / two.bytes < 2
+
+
+def test_a_training_step_of_a_pose_model_includes_its_loss() -> None:
+    model = hollow_preset("tiny")
+    step = count_costs(model, (128, 96), batch=2, mode="train")
+    forward = count_costs(model, (128, 96), batch=2)
+    assert (step.params, step.conv_macs) == (forward.params, forward.conv_macs)
+    assert step.launches > 2 * forward.launches and step.bytes > 2 * forward.bytes
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:

@@ -19,7 +19,7 @@ PART_COLOURS = (
 )  # fmt: skip
 # No colour of an operation returns among the transforms: the two are read side by side.
 OPERATION_COLOURS = {
-    "zero": "#DADADA",
+    "zero": "#A8A8A8",
     "skip": "#F0E442",
     "separable": "#0072B2",
     "atrous": "#56B4E9",
@@ -69,7 +69,7 @@ def drawing() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context():
-        matplotlib.rcParams.update(matplotlib.rcParamsDefault)
+        matplotlib.rcdefaults()
         matplotlib.rcParams.update(
             {"font.family": "DejaVu Sans", "svg.hashsalt": "pnfs", "svg.fonttype": "path"}
         )
@@ -102,10 +102,10 @@ def save_figure(figure: Figure, path: str | Path) -> list[Path]:
     for file in paths:
         # Metadata that would differ between two runs or two versions of matplotlib is left out.
         kind = file.suffix.lower()
-        metadata: Mapping[str, None] = {"Date": None} if kind == ".svg" else {"Software": None}
+        metadata = {"Date": None, "Creator": None} if kind == ".svg" else {"Software": None}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(file, dpi=DPI, format=kind[1:], metadata=dict(metadata), facecolor=PAPER)
+            figure.savefig(file, dpi=DPI, format=kind[1:], metadata=metadata, facecolor=PAPER)
         except OSError as error:
             raise PnfsError(
                 f"picture {file}: cannot be written ({error.strerror or error}); "

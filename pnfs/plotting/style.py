@@ -19,7 +19,7 @@ PART_COLOURS = (
 )  # fmt: skip
 # No colour of an operation returns among the transforms: the two are read side by side.
 OPERATION_COLOURS = {
-    "zero": "#A8A8A8",
+    "zero": "#C2C2C2",
     "skip": "#F0E442",
     "separable": "#0072B2",
     "atrous": "#56B4E9",

@@ -380,7 +380,7 @@ def write_metrics(path: Path, rows: int = 100, scale: float = 1.0, tail: str = "
         row = {"event": "train", "step": 20 * i, "epoch": i // 10, "loss": scale / i, "lr": 1e-3}
         lines.append({**row, "images_per_second": 50.0, "data_seconds": 0.1})
         if i % 25 == 0:
-            scores = {"AP": 0.8 * i / rows, "AP50": i / rows, "eval_seconds": 2.0}
+            scores = {"AP": 0.8 * i / rows, "AP50": i / rows, "seconds": 2.0}
             lines.append({"event": "eval", "step": 20 * i, "epoch": i // 10, **scores})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
@@ -395,8 +395,8 @@ def test_curves_are_read_whatever_is_missing(tmp_path: Path) -> None:
         '{"event": "note", "step": 20, "text": "resumed"}',
         "",
         '{"step": 30, "loss": 0.25}',
-        '{"step": 30, "epoch": 1, "eval": {"AP": 0.5, "AP(M)": NaN, "boxes": "truth"}}',
-        '{"event": "eval", "step": 40, "epoch": 2, "AP": 0.75, "eval_seconds": 3}',
+        '{"event": "eval", "step": 30, "AP": 0.5, "AP(M)": NaN, "boxes": "truth"}',
+        '{"event": "eval", "step": 40, "epoch": 2, "AP": 0.75, "seconds": 3}',
         '{"event": "train", "st',
     ]
     path.write_text("\n".join(rows))

@@ -43,9 +43,9 @@ class Curves:
 def read_curves(path: str | Path) -> Curves:
     """Read `metrics.jsonl` (or the one in a run folder).
 
-    A training row holds `step`, `loss` and `lr`; an evaluation row `step` and scores, under
-    `metrics` or `eval` or beside `"event": "eval"`. Fields that are missing, null or not finite
-    leave a gap. The last line may be cut off, as after a crash.
+    A row with `"event": "eval"` holds `step` and scores, any other `step`, `loss` and `lr`.
+    Fields that are missing, null or not finite leave a gap. The last line may be cut off, as after
+    a crash.
 
     Raises:
         PnfsError: no such file, or a line other than the last that is not a JSON object.
@@ -117,21 +117,17 @@ def _add(curves: Curves, row: Mapping[str, Any]) -> None:
     step = _number(row.get("step"))
     if step is None:
         return
-    nested = row.get("metrics", row.get("eval"))
-    flat = row if row.get("event") == "eval" else {}
-    scores = nested if isinstance(nested, Mapping) else flat
-    for name, given in scores.items():
-        value = _number(given)
-        if value is not None and name not in ("step", "epoch") and not name.endswith("seconds"):
-            steps, values = curves.scores.setdefault(name, ([], []))
+    if row.get("event") == "eval":
+        names = [name for name in row if name not in ("step", "epoch", "seconds")]
+        targets = [(name, curves.scores) for name in names]
+    else:
+        targets = [("loss", {"loss": curves.loss}), ("lr", {"lr": curves.learning_rate})]
+    for name, series in targets:
+        value = _number(row.get(name))
+        if value is not None:
+            steps, values = series.setdefault(name, ([], []))
             steps.append(step)
             values.append(value)
-    if not scores:
-        for name, (steps, values) in (("loss", curves.loss), ("lr", curves.learning_rate)):
-            value = _number(row.get(name))
-            if value is not None:
-                steps.append(step)
-                values.append(value)
 
 
 def _number(value: Any) -> float | None:

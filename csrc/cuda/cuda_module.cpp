@@ -10,4 +10,5 @@ PYBIND11_MODULE(_cuda, module) {
 #define PNFS_DEF(name) \
   module.def(#name, &pnfs::name, pybind11::call_guard<pybind11::gil_scoped_release>())
   PNFS_DEF(crop_normalize);
+  PNFS_DEF(oks_nms);
 }

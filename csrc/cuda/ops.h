@@ -17,4 +17,13 @@ void crop_normalize(Address pixels, std::int64_t bytes, Address offsets, Address
                     std::array<float, 3> scale, std::array<float, 3> bias, bool rgb, int dtype,
                     Address out, Address stream);
 
+// As csrc/cpu/ops.h, for poses whose order is known: `order` (n int64) lists them group after group,
+// best score first, and `ends` (int64) where each of `groups` groups ends in it. `words` is the
+// size of the largest group over 32, rounded up; `bits` has room for n * words uint32. Writes n
+// bools to `keep`, in that order.
+void oks_nms(Address points, Address areas, Address sigmas, Address order, Address ends,
+             std::int64_t groups, std::int64_t n, std::int64_t k, std::int64_t words,
+             double threshold, bool skip_after_removal, Address bits, Address keep,
+             Address stream);
+
 }  // namespace pnfs

@@ -1,4 +1,4 @@
-"""Score maps -> keypoints in image pixels, in the two evaluation profiles.
+"""Score maps -> keypoints in image pixels, in the two evaluation profiles, and crops -> score maps.
 
 `standard` is HRNet's and SimpleBaseline's decode: the mirrored map is shifted by one pixel before
 averaging, and cell `c` stands for network-input pixel `4c`. `posenfs` is the published PNFS code's:
@@ -8,14 +8,16 @@ no shift, and cell `c` stands for network-input pixel `4c + 1/2`.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pnfs.config import EvalProfile
+from pnfs.config import EvalProfile, Precision
+from pnfs.data.batch import Batch
 from pnfs.errors import PnfsError
 from pnfs.kernels import decode_heatmaps
 from pnfs.skeleton import Skeleton
 
 STRIDE = 4  # network-input pixels per score-map cell, for every model of the package
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def cell_to_image(to_image: Tensor, profile: EvalProfile, stride: int = STRIDE) -> Tensor:
@@ -55,7 +57,7 @@ def decode(
     Args:
         heatmaps: (N, K, h, w) scores, float32, bfloat16 or float16.
         to_image: (N, 2, 3) network-input pixel -> image pixel; any device.
-        flipped: (N, K, h, w) scores of the mirrored input, still mirrored, or None for no flip test.
+        flipped: (N, K, h, w) scores of the mirrored input, still mirrored; None: no flip test.
         skeleton: names which keypoints a mirror exchanges; has K keypoints.
         profile: `standard` or `posenfs`, see the module's docstring.
 
@@ -71,10 +73,52 @@ def decode(
             f"'{skeleton.name}'; give (N, {skeleton.num_keypoints}, h, w)"
         )
     matrices = cell_to_image(to_image, profile).to(heatmaps.device)
-    permutation = None
-    if flipped is not None:
-        permutation = torch.tensor(skeleton.flip_permutation, device=heatmaps.device)
-    xy, score = decode_heatmaps(
-        heatmaps, matrices, flipped=flipped, permutation=permutation, shift=profile == "standard"
+    return decode_heatmaps(
+        heatmaps,
+        matrices,
+        flipped=flipped,
+        permutation=skeleton.flip_permutation,
+        shift=profile == "standard",
     )
-    return xy, score
+
+
+@torch.inference_mode()
+def predict_batch(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    size: tuple[int, int],
+    skeleton: Skeleton,
+    profile: EvalProfile,
+    flip: bool,
+    precision: Precision = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """From uint8 crops to keypoints: warp and normalise, model, flip test, decode.
+
+    Args:
+        model: images (N, 3, H, W) -> scores (N, K, H/4, W/4), in eval mode, on the batch's device.
+        size: (H, W) of the network's input, the one that the batch was made for.
+        flip: average with the scores of the mirrored input.
+        precision: of the model's arithmetic; bf16 and fp16 run it under autocast.
+
+    Returns:
+        xy (N, K, 2) float32 in image pixels and score (N, K) float32, on the batch's device.
+
+    Raises:
+        PnfsError: the model predicts another number of keypoints than the skeleton has.
+    """
+
+    def scores(mirrored: bool) -> Tensor:
+        images = batch.images(size=size, profile=profile, mirrored=mirrored)
+        with torch.autocast(
+            images.device.type, LOW_PRECISION.get(precision), enabled=precision in LOW_PRECISION
+        ):
+            return model(images)
+
+    return decode(
+        scores(False),
+        batch.to_image,
+        flipped=scores(True) if flip else None,
+        skeleton=skeleton,
+        profile=profile,
+    )

@@ -1,4 +1,4 @@
-"""Keypoints in image pixels: both profiles against independent computations and published figures."""
+"""Keypoints in image pixels: both profiles against independent and published computations."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from pnfs.skeleton import COCO, MPII
 def hrnet_transform(
     center: np.ndarray, scale: np.ndarray, rotation: float, size: tuple[int, int], *, inverse: bool
 ) -> np.ndarray:
-    """HRNet's crop transform from three point pairs: the centre, a point half a person's width above
-    it, and a third at a right angle. `size` is (width, height) of the grid; `scale` is in 200 px."""
+    """HRNet's crop transform from three point pairs: the centre, a point half the person's width
+    above it, and a third at a right angle. `size` is the grid's (width, height), `scale` is in
+    200 px."""
     angle = np.deg2rad(rotation)
     width = scale[0] * 200.0
 
@@ -109,7 +110,7 @@ def test_posenfs_profile_reproduces_the_published_pipeline(shared_dir: Path) -> 
 
 
 def test_posenfs_flip_average_reproduces_the_published_exchange(shared_dir: Path) -> None:
-    """`flip_back_coco` is the mirrored batch turned back: averaging a map with it is the flip test."""
+    """`flip_back_coco` is the mirrored batch turned back; the flip test averages with it."""
     with np.load(shared_dir / "reference" / "pipeline.npz") as file:
         heatmaps, back = file["post_heatmap"], file["flip_back_coco"]
     to_image = torch.eye(2, 3, dtype=torch.float64).expand(len(heatmaps), 2, 3)

@@ -11,15 +11,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from pnfs.config import EvalProfile
+from pnfs.data.records import read_json, section
 from pnfs.errors import PnfsError
 from pnfs.kernels import oks_nms
 from pnfs.skeleton import Skeleton
+from pnfs.statefile import write_atomically
 
 COCO_METRICS = (
     "AP", "AP50", "AP75", "AP(M)", "AP(L)", "AR", "AR50", "AR75", "AR(M)", "AR(L)",
@@ -97,6 +99,13 @@ def coco_results(
         groups=torch.from_numpy(candidates.image_ids[order].astype(np.int64)),
         skip_after_removal=profile == "posenfs",
     )
+    return results_format(candidates, scores, order[keep.numpy()])
+
+
+def results_format(
+    candidates: Candidates, scores: np.ndarray, rows: np.ndarray
+) -> list[dict[str, Any]]:
+    """COCO results of the candidates `rows`, in that order, with the pose scores `scores` (n,)."""
     return [
         {
             "image_id": int(candidates.image_ids[i]),
@@ -104,38 +113,54 @@ def coco_results(
             "keypoints": candidates.keypoints[i].astype(np.float64).ravel().tolist(),
             "score": float(scores[i]),
         }
-        for i in order[keep.numpy()].tolist()
+        for i in rows.tolist()
     ]
 
 
-def load_annotations(source: str | Path | Mapping[str, Any]) -> Any:
-    """pycocotools' COCO index of an annotation file or an already parsed dict, without its prints.
+def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write COCO results as JSON, one pose per line, atomically."""
+    text = ",\n".join(json.dumps(result) for result in results)
+    write_text(path, f"[{text}]\n")
+
+
+def read_annotations(path: str | Path) -> dict[str, Any]:
+    """The tree of a COCO annotation file; test splits have images and categories alone.
 
     Raises:
-        PnfsError: the file cannot be read, is not JSON, or lacks images, annotations or categories.
+        PnfsError: the file cannot be read, is not JSON or is no COCO file.
     """
+    tree = read_json(Path(path), "COCO annotation file")
+    for name in ("images", "categories"):
+        section(tree, Path(path), name)
+    return cast(dict[str, Any], tree)
+
+
+def has_truth(tree: Mapping[str, Any]) -> bool:
+    """Whether predictions can be scored: test splits list images without annotations."""
+    return "annotations" in tree
+
+
+def _index(source: str | Path | Mapping[str, Any], values: int) -> Any:
+    """pycocotools' index of the annotations, each with `values` numbers of keypoints."""
     from pycocotools.coco import COCO
 
-    where = "annotations" if isinstance(source, Mapping) else str(source)
-    if isinstance(source, Mapping):
-        tree: Any = dict(source)
-    else:
-        try:
-            tree = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise PnfsError(f"{where}: cannot be read as COCO annotations ({error})") from None
-    missing = [
-        key
-        for key in ("images", "annotations", "categories")
-        if not isinstance(tree, Mapping) or key not in tree
-    ]
-    if missing:
+    tree = source if isinstance(source, Mapping) else read_annotations(source)
+    if not has_truth(tree):
         raise PnfsError(
-            f"{where}: no '{missing[0]}'; scoring needs a COCO keypoint annotation file with "
-            "images, annotations and categories (test-dev files have none: submit the results JSON)"
+            f"{source if not isinstance(source, Mapping) else 'annotations'}: no 'annotations', so "
+            "nothing can be scored; submit the results file of a test split to COCO's server"
         )
+    # pycocotools writes into the annotations that it indexes; the caller's stay as they are.
+    annotations = [dict(annotation) for annotation in tree["annotations"]]
+    for annotation in annotations:
+        count = len(annotation.get("keypoints", ()))
+        if count != values:
+            raise PnfsError(
+                f"annotation {annotation.get('id')}: keypoints has {count} values, the skeleton "
+                f"needs {values}; use the annotations of the model's skeleton"
+            )
     coco = COCO()
-    coco.dataset = dict(tree)
+    coco.dataset = {**tree, "annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -163,14 +188,8 @@ def coco_ap(
     """
     from pycocotools.cocoeval import COCOeval
 
-    truth = load_annotations(annotations)
     values = 3 * skeleton.num_keypoints
-    for annotation in truth.dataset["annotations"]:
-        if len(annotation.get("keypoints", ())) != values:
-            raise PnfsError(
-                f"annotation {annotation.get('id')}: keypoints has "
-                f"{len(annotation.get('keypoints', ()))} values, skeleton '{skeleton.name}' needs {values}"
-            )
+    truth = _index(annotations, values)
     for index, prediction in enumerate(predictions):
         if prediction["image_id"] not in truth.imgs:
             raise PnfsError(
@@ -193,3 +212,12 @@ def coco_ap(
         scorer.accumulate()
         scorer.summarize()
     return {name: float(value) for name, value in zip(COCO_METRICS, scorer.stats, strict=True)}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
+
+    def fill(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, fill)

@@ -9,9 +9,9 @@ from pnfs.skeleton import Skeleton
 
 HEAD_SCALE = 0.6  # head size = 0.6 × diagonal of the annotated head box
 LEFT_OUT_OF_MEAN = ("pelvis", "thorax")
-MEAN_AT_50 = "Mean@0.5"
-MEAN_AT_10 = "Mean@0.1 (<=0.10)"
-MEAN_AT_10_CUSTOMARY = "Mean@0.1 (index 11, <=0.11)"
+PCKH_50 = "PCKh@0.5"
+PCKH_10 = "PCKh@0.1 (<=0.10)"
+PCKH_10_CUSTOMARY = "PCKh@0.1 (index 11, <=0.11)"
 
 
 def pckh(
@@ -24,8 +24,8 @@ def pckh(
     """PCKh@0.5 by joint group and as a mean, and the mean at 0.1 in both readings.
 
     A joint counts as right where its distance is `<=` threshold × head size. A group is the plain
-    mean of its joints. Means weigh every joint by how often it is annotated and leave out pelvis and
-    thorax. The figure customarily published as "Mean@0.1" reads index 11 of the thresholds
+    mean of its joints. Means weigh every joint by how often it is annotated and leave out pelvis
+    and thorax. The figure customarily published as the mean at 0.1 reads index 11 of the thresholds
     0, 0.01, ..., which is 0.11; it is given beside the one at 0.10.
 
     Args:
@@ -36,8 +36,8 @@ def pckh(
         skeleton: keypoint names and `pckh_groups`.
 
     Returns:
-        Percentages: one per group, `Mean@0.5`, and the two means at 0.1. A group without any
-        annotated joint is NaN.
+        Percentages: one per group, the mean as `PCKh@0.5`, and the two means at 0.1. A group
+        without any annotated joint is NaN.
 
     Raises:
         PnfsError: the skeleton has no groups, a head size is missing, or nothing is annotated.
@@ -49,7 +49,7 @@ def pckh(
     if bad.size:
         raise PnfsError(
             f"PCKh: person {bad[0]} has no head size ({len(bad)} of {len(sizes)} have none); "
-            "put MPII's gt_val.mat beside the annotations"
+            "score the valid split, with MPII's gt_valid.mat in annot/"
         )
     visible = np.asarray(visible, bool)
     difference = np.asarray(predictions, np.float64) - np.asarray(truth, np.float64)
@@ -72,7 +72,7 @@ def pckh(
     for group, joints in skeleton.pckh_groups.items():
         seen = [k for k in joints if counts[k] > 0]
         metrics[group] = float(half[seen].mean()) if seen else float("nan")
-    metrics[MEAN_AT_50] = mean(0.5)
-    metrics[MEAN_AT_10] = mean(0.10)
-    metrics[MEAN_AT_10_CUSTOMARY] = mean(0.11)
+    metrics[PCKH_50] = mean(0.5)
+    metrics[PCKH_10] = mean(0.10)
+    metrics[PCKH_10_CUSTOMARY] = mean(0.11)
     return metrics

@@ -83,4 +83,4 @@ def load_people(
     if detections is not None:
         threshold = config.box_score_threshold
         return coco.load_detected(root, name, skeleton, Path(detections), threshold=threshold)
-    return coco.load_annotated(root, name, skeleton, strict=strict)
+    return coco.load_annotated(root, name, skeleton, strict=strict, name=config.dataset)

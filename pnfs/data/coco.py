@@ -48,12 +48,15 @@ def image_folder(root: Path, split: str) -> Path:
     raise PnfsError(f"data.root {root}: no image folder; looked for {tried}")
 
 
-def load_annotated(root: Path, split: str, skeleton: Skeleton, *, strict: bool) -> PeopleDataset:
+def load_annotated(
+    root: Path, split: str, skeleton: Skeleton, *, strict: bool, name: str = "coco"
+) -> PeopleDataset:
     """People with annotated boxes and at least one labelled keypoint; crowds are left out.
 
     Args:
         strict: a broken annotation is an error (evaluation); else it is left out and listed in
             `PeopleDataset.broken` (training).
+        name: of the dataset, for its description.
 
     Raises:
         PnfsError: missing or malformed file, no usable person, or broken annotation and `strict`.
@@ -83,7 +86,7 @@ def load_annotated(root: Path, split: str, skeleton: Skeleton, *, strict: bool) 
     return PeopleDataset(
         people=tuple(people),
         skeleton=skeleton,
-        source=f"coco {split}, ground-truth boxes",
+        source=f"{name} {split}, ground-truth boxes",
         annotation_file=path,
         image_ids=tuple(sorted(images)),
         broken=tuple(broken),

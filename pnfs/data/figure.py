@@ -78,7 +78,7 @@ def sample_figure(generator: np.random.Generator) -> Figure:
 
     tilt = np.deg2rad(np.clip(generator.normal(0, 9), -25, 25))
     up, across = np.array([np.sin(tilt), -np.cos(tilt)]), np.array([np.cos(tilt), np.sin(tilt)])
-    girth = generator.uniform(0.9, 1.2)
+    girth = generator.uniform(1.0, 1.35)
     chest = up * _TORSO * generator.uniform(0.88, 1.0)
     hands, feet = np.zeros((2, 2)), np.zeros((2, 2))
     sitting = generator.random() < 0.12

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any, cast
@@ -56,6 +57,10 @@ class ShardedSampler(Sampler[list[Item]]):
             return self.count // self.stride
         return math.ceil(len(range(self.rank, self.count, self.world)) / self.batch_size)
 
+    def starts(self) -> range:
+        """Positions of the training batches that this epoch still has."""
+        return range(self.consumed, self.count - self.stride + 1, self.stride)
+
     def __iter__(self) -> Iterator[list[Item]]:
         epoch = self.epoch
         if not self.train:
@@ -64,7 +69,7 @@ class ShardedSampler(Sampler[list[Item]]):
                 yield [(epoch, index) for index in own[start : start + self.batch_size]]
             return
         order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-        for start in range(self.consumed, self.count - self.stride + 1, self.stride):
+        for start in self.starts():
             first = start + self.rank * self.batch_size
             yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
 
@@ -107,9 +112,11 @@ class _Collate:
 
 
 def _start_worker(_: int) -> None:
-    cv2.setNumThreads(
-        0
-    )  # the workers are the parallelism; torch already runs single-threaded there
+    cv2.setNumThreads(0)  # the workers are the parallelism; torch runs single-threaded there anyway
+    # Ctrl-C and a cluster's SIGTERM reach the workers too. The process that trains decides when to
+    # stop; workers end when it asks them to, or when it is gone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _worker_context() -> BaseContext:
@@ -177,6 +184,11 @@ class Loader:
     def consumed(self) -> int:
         """People of this epoch that all processes together were handed."""
         return self._sampler.consumed
+
+    @property
+    def remaining(self) -> int:
+        """Training batches of this epoch that are still to come on this process."""
+        return len(self._sampler.starts())
 
     def seek(self, epoch: int, consumed: int = 0) -> None:
         """Continue with this epoch, after its first `consumed` people."""

@@ -1,13 +1,14 @@
 """Checkpoints: complete, atomic, and readable without pickle.
 
-    RUN/model.safetensors                      best weights so far by AP or PCKh (else the last ones)
-    RUN/checkpoints/step-00001200/model.safetensors      weights, with the configuration inside
-                                 /training.safetensors   optimiser, random states, strategy, …
-                                 /state.json             the same state's tree; size and CRC of both
+    RUN/model.safetensors        best weights so far by AP or PCKh
+    RUN/checkpoints/step-00001200-epoch-0003/
+        model.safetensors        weights, with the configuration inside
+        training.safetensors     optimiser, random states, strategy, …
+        state.json               the same state's tree; size and CRC of both files
 
-A checkpoint folder appears under its final name by one rename, after everything in it is on disk, so a
-kill at any moment leaves the previous one; `state.json` says what the other two must look like, so a
-damaged one is recognised and the one before it is used.
+A checkpoint folder appears under its final name by one rename, after everything in it is on disk,
+so a kill at any moment leaves the previous one; `state.json` says what the other two must look
+like, so a damaged one is recognised and the one before it is used.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pnfs.backbones.weights import state_dict_differences
 from pnfs.config import Config, parse_config
 from pnfs.errors import PnfsError, did_you_mean
 from pnfs.model import build_model
@@ -64,13 +66,22 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run: Path, step: int, model: nn.Module, training: Mapping[str, Any], config: Config
+    run: Path,
+    *,
+    step: int,
+    epoch: int,
+    model: nn.Module,
+    training: Mapping[str, Any],
+    config: Config,
 ) -> Path:
-    """Write RUN/checkpoints/step-XXXXXXXX and drop all but the newest `KEEP`.
+    """Write RUN/checkpoints/step-XXXXXXXX-epoch-XXXX and drop all but the newest `KEEP`.
+
+    Step and epoch together name a moment of a run; if its checkpoint is there already, it stays.
 
     Args:
         run: the run folder.
         step: optimiser steps taken so far.
+        epoch: epochs finished, evaluation included.
         model: its state dict is stored with the configuration, so that `load_model` reads it alone.
         training: nested state (see `statefile.pack`) that a resumed run needs.
 
@@ -78,9 +89,9 @@ def save_checkpoint(
         PnfsError: unwritable folder or full disk; earlier checkpoints are untouched.
     """
     folder = run / "checkpoints"
-    final = folder / f"step-{step:08d}"
+    final = folder / f"step-{step:08d}-epoch-{epoch:04d}"
     if final.is_dir() and _problem(final) is None:
-        return final  # the same step of the same run: the same state
+        return final
     partial = folder / f".{final.name}.tmp"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -97,7 +108,9 @@ def save_checkpoint(
             name: {"bytes": (partial / name).stat().st_size, "crc32": checksum(partial / name)}
             for name in (MODEL, TRAINING)
         }
-        write_json(partial / STATE, {"format": FORMAT, "step": step, "files": files, "training": tree})
+        write_json(
+            partial / STATE, {"format": FORMAT, "step": step, "files": files, "training": tree}
+        )
         shutil.rmtree(final, ignore_errors=True)  # there only if it is damaged
         partial.rename(final)
     except (OSError, PnfsError) as error:
@@ -133,11 +146,10 @@ def load_checkpoint(run: Path, *, warn: Callable[[str], None] = print) -> Checkp
     return None
 
 
-def drop_checkpoints_after(run: Path, step: int) -> None:
-    """Remove checkpoints beyond `step` (damaged ones that were passed over) and unfinished ones."""
-    folder = run / "checkpoints"
-    doomed = [path for path in list_checkpoints(run) if path.name > f"step-{step:08d}"]
-    for path in [*doomed, *folder.glob(".step-*.tmp")]:
+def drop_checkpoints_after(run: Path, last: Path | None) -> None:
+    """Remove checkpoints beyond `last` (damaged ones that were passed over) and unfinished ones."""
+    doomed = [path for path in list_checkpoints(run) if last is None or path.name > last.name]
+    for path in [*doomed, *(run / "checkpoints").glob(".step-*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -161,7 +173,7 @@ def _problem(folder: Path) -> str | None:
 
 
 def save_weights(path: Path, model: nn.Module, config: Config, facts: Mapping[str, Any]) -> None:
-    """Write a model as one file that `load_model` reads alone: weights, configuration, `facts` (JSON)."""
+    """Write a model as one file that `load_model` reads alone: weights, configuration, `facts`."""
     metadata = {
         "format": FORMAT,
         "config": json.dumps(config.model_dump(mode="json")),
@@ -235,30 +247,20 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str)
     """Copy `weights` into the model's own tensors (which keep identity, device and memory format).
 
     Raises:
-        PnfsError: a key is missing, unexpected or of another shape; the model is unchanged.
+        PnfsError: a key is missing, unexpected or of another shape; the first ones are named, and
+            the model is unchanged.
     """
-    own = model.state_dict(keep_vars=True)
-    for key, tensor in own.items():
-        if key not in weights:
-            raise PnfsError(f"{where}: '{key}' is missing; this file is of another model")
-        if weights[key].shape != tensor.shape:
-            raise PnfsError(
-                f"{where}: '{key}' has shape {tuple(weights[key].shape)}, the model has "
-                f"{tuple(tensor.shape)}; this file is of another model"
-            )
-    unexpected = next((key for key in weights if key not in own), None)
-    if unexpected is not None:
-        raise PnfsError(f"{where}: '{unexpected}' is not in the model; this file is of another model")
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(weights[key])
+    differences = state_dict_differences(model.state_dict(), weights)
+    if differences:
+        raise PnfsError(f"{where}: this file is of another model: {differences}")
+    model.load_state_dict(dict(weights))
 
 
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """`load_state_dict`, with every moment in its parameter's memory format.
 
-    Files hold contiguous tensors; fused optimisers and bit-for-bit resumption want the strides that an
-    uninterrupted run would have.
+    Files hold contiguous tensors; fused optimisers and bit-for-bit resumption want the strides that
+    an uninterrupted run would have.
     """
     optimizer.load_state_dict(dict(state))
     for parameter, values in optimizer.state.items():

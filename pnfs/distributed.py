@@ -22,7 +22,7 @@ def launched_by_torchrun() -> bool:
 
 
 def join(device: torch.device) -> torch.device:
-    """Join the process group (NCCL on CUDA, Gloo on the CPU) and return this process's own device."""
+    """Join the process group (NCCL on CUDA, Gloo on the CPU); returns this process's own device."""
     if not launched_by_torchrun():
         return device
     if device.type == "cuda":
@@ -123,8 +123,8 @@ def synced_batch_norm(
 ) -> Tensor:
     """Training-mode batch normalisation of x (N, C, H, W) with the statistics of all ranks.
 
-    Works on every device, where torch's own SyncBatchNorm needs a GPU. Running statistics are updated
-    in place with the unbiased variance, as `torch.nn.functional.batch_norm` does.
+    Works on every device, where torch's own SyncBatchNorm needs a GPU. Running statistics are
+    updated in place with the unbiased variance, as `torch.nn.functional.batch_norm` does.
     """
     y, mean, var, count = _SyncedNormalize.apply(x, eps)
     with torch.no_grad():
@@ -146,7 +146,13 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None and self.momentum is not None
         self.num_batches_tracked.add_(1)
         return synced_batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.momentum, self.eps
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.momentum,
+            self.eps,
         )
 
 
@@ -165,7 +171,8 @@ class SyncedPartBatchNorm2d(PartBatchNorm2d):
 def synchronize_batch_norm(model: nn.Module) -> None:
     """Make every batch normalisation of `model` use the statistics of all ranks, in place.
 
-    Modules change their class and nothing else: parameters keep their identity, state dicts their keys.
+    Modules change their class and nothing else: parameters keep their identity, state dicts their
+    keys.
     """
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:

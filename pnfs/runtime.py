@@ -1,9 +1,14 @@
-"""What a process does once before heavy work: device, threads of the heap, processes of the run."""
+"""What concerns the whole process: its heap, its device, and the signals that ask it to stop."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -16,10 +21,10 @@ _HEAP_BYTES = 1 << 30
 def keep_heap() -> None:
     """Let glibc keep freed memory instead of handing it back to the system after every tensor.
 
-    By default each block over 128 KiB to 32 MiB is mapped from the system and unmapped when freed, so
-    every activation costs page faults; on the CPU that is up to half of a training step's time. It
-    changes the whole process, so the train, eval and predict entry points call it; importing pnfs never
-    does. Without effect where the C library is not glibc.
+    By default each block over 128 KiB to 32 MiB is mapped from the system and unmapped when freed,
+    so every activation costs page faults; on the CPU that is up to half of a training step's time.
+    It changes the whole process, so the train, eval and predict entry points call it; importing
+    pnfs never does. Without effect where the C library is not glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -44,6 +49,51 @@ def select_device(name: str = "auto") -> torch.device:
         raise PnfsError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise PnfsError(
-            f"device '{name}': {torch.cuda.device_count()} CUDA devices are visible; use --device cpu"
+            f"device '{name}': {torch.cuda.device_count()} CUDA devices are visible; "
+            "use --device cpu"
         )
     return device
+
+
+class StoppedBySignal(BaseException):
+    """A stop signal came while `StopSignals.at_once` was in force."""
+
+
+class StopSignals:
+    """SIGINT and SIGTERM as a wish that work honours at its next safe point.
+
+    Inside the context the first signal sets `name` and nothing else, except within `at_once()`,
+    where it raises `StoppedBySignal`. A second signal acts as it would have without us. In a thread
+    other than the main one, where handlers cannot be set, nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._raise = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For work that may be thrown away: a signal ends it where it stands."""
+        self._raise = True
+        try:
+            yield
+        finally:
+            self._raise = False
+
+    def _note(self, number: int, _: Any) -> None:
+        signal.signal(number, self._before[number])
+        self.name = signal.Signals(number).name
+        if self._raise:
+            raise StoppedBySignal

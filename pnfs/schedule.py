@@ -10,8 +10,8 @@ from pnfs.config import TrainConfig
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Learning rate of the weights in optimiser step `step` (from 0).
 
-    `step`: `lr · lr_factor^(number of lr_steps reached)`, with `lr_steps` in epochs. `cosine`: half a
-    cosine from `lr` to 0 over the run. Either is preceded by `warmup_steps` steps of linear growth.
+    `step`: `lr · lr_factor^(number of lr_steps reached)`, with `lr_steps` in epochs. `cosine`: half
+    a cosine from `lr` to 0 over the run. Either begins with `warmup_steps` steps of linear growth.
     """
     if config.lr_schedule == "step":
         reached = sum(step >= epoch * steps_per_epoch for epoch in config.lr_steps)

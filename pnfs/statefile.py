@@ -1,13 +1,14 @@
 """Files that survive a kill: atomic writes, and nested state as one JSON tree plus flat tensors.
 
 Nothing here knows what the state means. A state is built from dicts, lists, tuples, tensors, numpy
-arrays, numbers, strings, booleans and None; `pack` splits it into a JSON tree (with placeholders) and
-a dict of tensors for safetensors, `unpack` puts it together again. No pickle anywhere: a file from
-a stranger can be wrong, but it cannot run code.
+arrays, numbers, strings, booleans and None; `pack` splits it into a JSON tree (with placeholders)
+and a dict of tensors for safetensors, `unpack` puts it together again. No pickle anywhere: a file
+from a stranger can be wrong, but it cannot run code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
@@ -46,7 +47,10 @@ def pack(state: Any) -> tuple[Any, dict[str, Tensor]]:
         if isinstance(node, list):
             return [walk(item, f"{name}.{i}") for i, item in enumerate(node)]
         if isinstance(node, Mapping):
-            items = [(key, walk(value, f"{name}.{key}" if name else str(key))) for key, value in node.items()]
+            items = [
+                (key, walk(value, f"{name}.{key}" if name else str(key)))
+                for key, value in node.items()
+            ]
             if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
                 return dict(items)
             return {MAP: [[key, value] for key, value in items]}
@@ -117,17 +121,23 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             f"{path}: cannot be written ({reason(error)}); free disk space or choose another --out"
         ) from None
     finally:
-        try:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass
     sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def write_json(path: Path, tree: Any) -> None:
     """Write `tree` as indented JSON, atomically."""
-    text = json.dumps(tree, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    write_text(path, json.dumps(tree, indent=1) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -73,7 +73,7 @@ class Strategy:
         return ParameterGroups(self._weights(model))
 
     def before_step(self, context: StepContext) -> None:
-        """Before the gradients of a weights step: a strategy with a step of its own takes it here."""
+        """Before the gradients of a weights step: a strategy's own step is taken here."""
 
     def after_step(self, context: StepContext) -> None:
         """After a weights step."""

@@ -1,0 +1,194 @@
+"""One optimiser step: forward, loss, backward, gradient exchange, Adam; bad ones are undone.
+
+Everything that a step changes lives here (weights, running statistics, optimiser, loss scale), so a
+step whose loss or gradient is not finite leaves all of it as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pnfs import distributed
+from pnfs.checkpoint import load_optimizer
+from pnfs.config import Config
+from pnfs.data import Batch
+from pnfs.head import pose_loss
+from pnfs.search import StepContext, Strategy
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class PoseLoss(nn.Module):
+    """The model together with its loss: what DistributedDataParallel wraps, so that a loss that
+    never builds score maps goes through it as well."""
+
+    def __init__(self, model: nn.Module, sigma: float) -> None:
+        super().__init__()
+        self.model = model
+        self.sigma = sigma
+
+    def forward(self, images: Tensor, joints: Tensor, weights: Tensor) -> Tensor:
+        return pose_loss(self.model, images, joints, weights, sigma=self.sigma)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        loss: mean over the batches of all processes; may be NaN or infinite.
+        taken: false if nothing was updated, because loss or gradient was not finite.
+        images: of all processes.
+        data_seconds: waiting for batches and copying them to the device.
+        compute_seconds: everything else.
+    """
+
+    loss: float
+    taken: bool
+    images: int
+    data_seconds: float
+    compute_seconds: float
+
+
+@dataclass
+class Clock:
+    """Sums over steps since the last row of metrics.jsonl."""
+
+    data: float = 0.0
+    compute: float = 0.0
+    images: int = 0
+
+    def add(self, result: StepResult) -> None:
+        self.data += result.data_seconds
+        self.compute += result.compute_seconds
+        self.images += result.images
+
+    def rates(self) -> dict[str, float]:
+        """Throughput, and data time apart from compute time."""
+        total = self.data + self.compute
+        return {
+            "images_per_second": round(self.images / total, 2) if total else 0.0,
+            "data_seconds": round(self.data, 4),
+            "compute_seconds": round(self.compute, 4),
+        }
+
+
+class Stepper:
+    """Model, optimiser and loss scale of one process."""
+
+    def __init__(
+        self, config: Config, model: nn.Module, strategy: Strategy, device: torch.device
+    ) -> None:
+        """Calls `strategy.prepare`; the model must be on `device` already."""
+        self.config, self.model, self.strategy, self.device = config, model, strategy, device
+        groups = strategy.prepare(model)
+        by_decay = [(groups.weights, config.train.weight_decay), (groups.architecture, 0.0)]
+        self.optimizer = torch.optim.Adam(
+            [{"params": params, "weight_decay": decay} for params, decay in by_decay if params],
+            lr=config.train.lr,
+            fused=True,
+        )
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.dtype = PRECISIONS[config.train.precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.loss_module: nn.Module = PoseLoss(model, config.data.sigma)
+        # Running statistics as they were before a step: a non-finite batch must not leave its mark.
+        self.buffers = list(model.buffers())
+        self.buffers_before = [buffer.clone() for buffer in self.buffers]
+
+    def connect(self) -> None:
+        """Exchange gradients (and BN statistics if asked) with the other processes from now on."""
+        if distributed.world() == 1:
+            return
+        synchronized = self.config.train.sync_batch_norm
+        if synchronized:
+            distributed.synchronize_batch_norm(self.model)
+        self.loss_module = DistributedDataParallel(
+            self.loss_module, broadcast_buffers=not synchronized, gradient_as_bucket_view=True
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        load_optimizer(self.optimizer, state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The training loss of a batch that is on the device, with its graph."""
+        config = self.config
+        images = batch.images(
+            size=config.model.input_size, profile=config.data.profile, dtype=self.dtype
+        )
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss: Tensor = self.loss_module(images, batch.joints, batch.weights)
+        return loss
+
+    def step(
+        self, batches: Iterable[Batch], count: int, *, index: int, total: int, learning_rate: float
+    ) -> StepResult:
+        """Take `count` batches of this process and make one step of the optimiser.
+
+        Args:
+            batches: an iterator; its last batch may be the `count`-th.
+            index: steps before this one. total: of the run.
+        """
+        started, waited, images = time.monotonic(), 0.0, 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        context = StepContext(index, total, learning_rate, self.optimizer, self.loss)
+        self.strategy.before_step(context)
+        torch._foreach_copy_(self.buffers_before, self.buffers)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.device)
+        source = iter(batches)
+        for i in range(count):
+            asked = time.monotonic()
+            batch = next(source).to(self.device)
+            waited += time.monotonic() - asked
+            images += len(batch)
+            with self._exchange(last=i + 1 == count):
+                part = self.loss(batch) / count
+                self.scaler.scale(part).backward()
+            loss += part.detach()
+        total_loss, images_of_all = distributed.sum_over_ranks(
+            [loss.item(), float(images)], self.device
+        )
+        taken = self._update(finite_loss=math.isfinite(total_loss))
+        self.strategy.after_step(context)
+        return StepResult(
+            loss=total_loss / distributed.world(),
+            taken=taken,
+            images=int(images_of_all),
+            data_seconds=waited,
+            compute_seconds=time.monotonic() - started - waited,
+        )
+
+    def _exchange(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients travel with the last of the accumulated batches only."""
+        if isinstance(self.loss_module, DistributedDataParallel) and not last:
+            return self.loss_module.no_sync()
+        return contextlib.nullcontext()
+
+    def _update(self, *, finite_loss: bool) -> bool:
+        """Clip and step, or undo the running statistics; ranks see equal gradients and agree."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.train.grad_clip
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, limit or math.inf)
+        # With fp16 an overflow is normal: the scaler skips the step and lowers its scale.
+        if finite_loss and (self.scaler.is_enabled() or math.isfinite(norm.item())):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            return True
+        torch._foreach_copy_(self.buffers, self.buffers_before)
+        return False

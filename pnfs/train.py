@@ -1,0 +1,385 @@
+"""The one training loop: one process or many, full or mixed precision, stopped and resumed at will.
+
+`python -m pnfs.train` is `pnfs train`; without arguments it trains the demo's data and preset.
+
+What decides the next weights is either in the checkpoint (weights, optimiser, random states,
+strategy, position in the data) or a pure function of the step (learning rate, data order and
+augmentation), so a resumed run continues bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from pnfs import distributed
+from pnfs.backbones.weights import load_backbone_weights
+from pnfs.checkpoint import (
+    MODEL,
+    drop_checkpoints_after,
+    load_checkpoint,
+    load_weights,
+    random_state,
+    save_checkpoint,
+    save_weights,
+    set_random_state,
+)
+from pnfs.config import Config
+from pnfs.data import Batch, PeopleDataset, load_people, make_loader
+from pnfs.errors import PnfsError
+from pnfs.evaluation import evaluate
+from pnfs.model import build_model
+from pnfs.runlog import Metrics, Screen, open_run, write_record
+from pnfs.runtime import StoppedBySignal, StopSignals, select_device
+from pnfs.schedule import learning_rate
+from pnfs.search import build_strategy
+from pnfs.steps import Clock, Stepper
+
+MAX_NONFINITE = 20  # steps in a row without a finite loss before the run stops
+LOG_EVERY = 20  # steps between rows of metrics.jsonl
+MAIN_METRICS = ("AP", "Mean@0.5")  # what "best" means: the first that the evaluation gives
+SHOWN_METRICS = ("AP", "AP50", "AP75", "AR", "Mean@0.5")
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside its position in the data; stored in every checkpoint.
+
+    Attributes:
+        step: optimiser steps made, skipped ones included.
+        skipped_steps: steps without a finite loss and gradient; nothing was updated in them.
+        nonfinite_in_a_row: how many of them were the last ones.
+        best: best AP or PCKh so far.
+        logged_step: step of the last training row of metrics.jsonl.
+        window_loss, window_steps: sum of the losses since then.
+    """
+
+    step: int = 0
+    skipped_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    best: float | None = None
+    logged_step: int = 0
+    window_loss: float = 0.0
+    window_steps: int = 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished (or stopped) run leaves.
+
+    Attributes:
+        run: the run folder.
+        step: optimiser steps made.
+        metrics: of the last evaluation in this process; empty if there was none.
+        best: best AP or PCKh so far.
+        stopped_by: name of the signal (or `stop_at`) that ended the run early, else None.
+        seconds: wall time of this process.
+    """
+
+    run: Path
+    step: int
+    metrics: dict[str, float]
+    best: float | None
+    stopped_by: str | None
+    seconds: float
+
+
+def train(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+    stop_at: int | None = None,
+) -> TrainResult:
+    """Train a model and leave a run folder.
+
+    Args:
+        config: resolved; when resuming, that of the run (see `runlog.run_config`).
+        out: the run folder; must be empty or absent unless `resume` or `overwrite`.
+        resume: continue from the newest whole checkpoint (from the start if there is none yet).
+        overwrite: discard the run that is in `out`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`; under torchrun each process takes its own GPU.
+        quiet: print nothing.
+        stop_at: checkpoint and leave after this many optimiser steps in all, as SIGTERM would.
+
+    Raises:
+        PnfsError: anything that the user can fix, and a loss that stays non-finite.
+    """
+    own_device = distributed.join(select_device(device))
+    try:
+        with contextlib.ExitStack() as stack:
+            first = distributed.rank() == 0
+            if first:
+                stack.enter_context(open_run(Path(out), resume=resume, overwrite=overwrite))
+            distributed.barrier()
+            return _Trainer(config, Path(out), own_device, resume, quiet or not first).run(stop_at)
+    finally:
+        distributed.leave()
+
+
+class _Trainer:
+    def __init__(
+        self, config: Config, out: Path, device: torch.device, resume: bool, quiet: bool
+    ) -> None:
+        self.started = time.monotonic()
+        self.config, self.out, self.device, self.quiet = config, out, device, quiet
+        self.rank, self.world = distributed.rank(), distributed.world()
+        self.strategy = build_strategy(config)
+        self.people, self.held_out = self._read_people()
+        self.loader = make_loader(self.people, config, train=True, rank=self.rank, world=self.world)
+        self.steps_per_epoch = -(-len(self.loader) // config.train.accumulate)
+        self.total_steps = self.steps_per_epoch * config.train.epochs
+
+        torch.manual_seed(config.train.seed)  # equal on all ranks, and so are the models
+        self.model = build_model(config.model).to(device)
+        self.stepper = Stepper(config, self.model, self.strategy, device)
+        self.progress = Progress()
+        self.resumed_from: Path | None = None
+        self.metrics_position = 0
+        if resume:
+            self._restore()
+        if self.resumed_from is None and config.model.backbone_weights:
+            load_backbone_weights(self.model.backbone, config.model.backbone_weights)  # type: ignore[arg-type]
+        self.stepper.connect()
+
+        self.clock = Clock()
+        self.signals = StopSignals()
+        self.last_metrics: dict[str, float] = {}
+
+    def _read_people(self) -> tuple[PeopleDataset, PeopleDataset]:
+        """Train and val split; rank 0 first, so that synthetic people are rendered once."""
+        if self.rank:
+            distributed.barrier()
+        data, skeleton = self.config.data, self.config.model.skeleton_table
+        people = load_people(data, skeleton, "train"), load_people(data, skeleton, "val")
+        if not self.rank:
+            distributed.barrier()
+        return people
+
+    # -- the run ---------------------------------------------------------------------------------
+
+    def run(self, stop_at: int | None) -> TrainResult:
+        config, progress, loader = self.config, self.progress, self.loader
+        self.metrics: Metrics | None = None
+        if not self.rank:
+            drop_checkpoints_after(self.out, self.resumed_from)
+            write_record(
+                self.out, config, device=str(self.device), world=self.world, step=progress.step
+            )
+            board = config.train.tensorboard
+            self.metrics = Metrics(self.out, position=self.metrics_position, tensorboard=board)
+        distributed.barrier()
+        self.screen = Screen(self.total_steps, progress.step, quiet=self.quiet)
+        stopped: str | None = None
+        try:
+            self._say_start()
+            with self.signals:
+                while loader.epoch < config.train.epochs and stopped is None:
+                    stopped = self._epoch(stop_at)
+        finally:
+            self.screen.close()
+            if self.metrics is not None:
+                self.metrics.close()
+        if stopped is not None:
+            self.screen.line(
+                f"stopped by {stopped} after step {progress.step}, checkpoint written; "
+                f"continue with: pnfs train --resume --out {self.out}"
+            )
+        seconds = time.monotonic() - self.started
+        return TrainResult(
+            self.out, progress.step, self.last_metrics, progress.best, stopped, seconds
+        )
+
+    def _say_start(self) -> None:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        say = self.screen.line
+        say(f"train: {len(self.people)} people of {self.people.source}")
+        say(f"val:   {len(self.held_out)} people of {self.held_out.source}")
+        say(
+            f"model: {parameters:,} parameters, strategy {self.strategy.name}, "
+            f"{self.config.train.precision} on {self.world} x {self.device.type}; "
+            f"{self.total_steps} steps; run folder {self.out}"
+        )
+        if self.resumed_from is not None:
+            say(f"resumed from {self.resumed_from}")
+        if self.loader.epoch >= self.config.train.epochs:
+            say("the run is complete; to train on, resume with a larger --set train.epochs=N")
+
+    def _epoch(self, stop_at: int | None) -> str | None:
+        """The rest of the present epoch and its evaluation. Returns what stopped it, or None."""
+        config, loader, progress = self.config.train, self.loader, self.progress
+        remaining = loader.remaining
+        batches = iter(loader)
+        self.model.train()
+        while remaining > 0:
+            count = min(config.accumulate, remaining)
+            self._step(batches, count)
+            remaining -= count
+            stopped = self._agree_to_stop(stop_at)
+            if stopped or (
+                remaining
+                and config.checkpoint_every
+                and progress.step % config.checkpoint_every == 0
+            ):
+                self._save()
+            if stopped:
+                return stopped
+        self._log()
+        epoch = loader.epoch + 1
+        if epoch == config.epochs or (config.eval_every and epoch % config.eval_every == 0):
+            self._save()  # an evaluation may take long
+            if not self._evaluate(epoch):
+                return self.signals.name
+        next(batches, None)  # moves the loader on to the next epoch
+        self._save()
+        return None
+
+    def _step(self, batches: Iterator[Batch], count: int) -> None:
+        progress = self.progress
+        rate = learning_rate(self.config.train, progress.step, self.steps_per_epoch)
+        result = self.stepper.step(
+            batches, count, index=progress.step, total=self.total_steps, learning_rate=rate
+        )
+        progress.step += 1
+        self.clock.add(result)
+        if result.taken:
+            progress.nonfinite_in_a_row = 0
+            progress.window_loss += result.loss
+            progress.window_steps += 1
+        else:
+            progress.skipped_steps += 1
+            progress.nonfinite_in_a_row += 1
+            self.screen.line(
+                f"warning: step {progress.step} skipped, loss or gradient is not finite"
+            )
+        if progress.nonfinite_in_a_row >= MAX_NONFINITE:
+            raise PnfsError(
+                f"train: loss or gradient not finite in {MAX_NONFINITE} steps in a row, up to step "
+                f"{progress.step}; lower train.lr, set train.grad_clip, or use train.precision=fp32"
+            )
+        rates = self.clock.rates()
+        self.screen.update(
+            progress.step,
+            f"loss {result.loss:.3e}  lr {rate:.2e}  {rates['images_per_second']:.1f} img/s  "
+            f"data {self.clock.data:.2f} s, compute {self.clock.compute:.2f} s",
+        )
+        if progress.step % LOG_EVERY == 0:
+            self._log()
+
+    def _agree_to_stop(self, stop_at: int | None) -> str | None:
+        """What stops all ranks after this step: a signal on any of them, or `stop_at`."""
+        (signals,) = distributed.sum_over_ranks([float(self.signals.name is not None)], self.device)
+        if signals:
+            return self.signals.name or "a signal to another rank"
+        return "stop_at" if self.progress.step == stop_at else None
+
+    # -- evaluation, metrics, checkpoints ----------------------------------------------------------
+
+    def _evaluate(self, epoch: int) -> bool:
+        """Score the held-out people; keep the weights if they are best. False if interrupted."""
+        started = time.monotonic()
+        try:
+            with self.signals.at_once():
+                metrics = evaluate(
+                    self.model,
+                    self.held_out,
+                    self.config,
+                    device=self.device,
+                    precision=self.config.train.precision,
+                ).metrics
+        except StoppedBySignal:
+            return False
+        self.last_metrics = metrics
+        seconds = time.monotonic() - started
+        progress = self.progress
+        row = {"step": progress.step, "epoch": epoch, **metrics, "seconds": round(seconds, 3)}
+        if self.metrics is not None:
+            self.metrics.write("eval", row)
+        name = next((name for name in MAIN_METRICS if name in metrics), None)
+        better = name is None or progress.best is None or metrics[name] > progress.best
+        if better:
+            progress.best = metrics[name] if name else None
+            if not self.rank:
+                facts = {"step": progress.step, "epoch": epoch, "metrics": metrics}
+                save_weights(self.out / MODEL, self.model, self.config, facts)
+        shown = "  ".join(
+            f"{key} {value:.4g}" for key, value in metrics.items() if key in SHOWN_METRICS
+        )
+        self.screen.line(f"epoch {epoch}: {shown}{'  (best)' if better else ''}  [{seconds:.1f} s]")
+        return True
+
+    def _log(self) -> None:
+        """A row of metrics.jsonl for the steps since the last one, if there were any."""
+        progress = self.progress
+        if progress.step == progress.logged_step:
+            return
+        progress.logged_step = progress.step
+        if self.metrics is not None:
+            mean = progress.window_loss / progress.window_steps if progress.window_steps else None
+            self.metrics.write(
+                "train",
+                {
+                    "step": progress.step,
+                    "epoch": self.loader.epoch,
+                    "loss": mean,
+                    "lr": learning_rate(self.config.train, progress.step - 1, self.steps_per_epoch),
+                    "skipped_steps": progress.skipped_steps,
+                    "skipped_samples": self.loader.skipped,
+                    **self.clock.rates(),
+                },
+            )
+        self.clock = Clock()
+        progress.window_loss, progress.window_steps = 0.0, 0
+
+    def _save(self) -> None:
+        """A checkpoint of this moment: after a whole step, so all ranks are in the same state."""
+        if self.metrics is None:
+            return
+        training = {
+            "progress": asdict(self.progress),
+            "data": self.loader.state(),
+            "stepper": self.stepper.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "random": random_state(),
+            "metrics_position": self.metrics.position(),
+        }
+        save_checkpoint(
+            self.out,
+            step=self.progress.step,
+            epoch=self.loader.epoch,
+            model=self.model,
+            training=training,
+            config=self.config,
+        )
+
+    def _restore(self) -> None:
+        checkpoint = load_checkpoint(
+            self.out, warn=lambda line: None if self.quiet else print(line)
+        )
+        if checkpoint is None:
+            return
+        state = checkpoint.training
+        load_weights(self.model, checkpoint.model, where=str(checkpoint.path))
+        self.stepper.load_state_dict(state["stepper"])
+        self.strategy.load_state_dict(state["strategy"])
+        set_random_state(state["random"])
+        self.loader.load_state(state["data"])
+        self.progress = Progress(**state["progress"])
+        self.metrics_position = state["metrics_position"]
+        self.resumed_from = checkpoint.path
+
+
+if __name__ == "__main__":
+    # The command line is above this module in the import order; it is reached only as a script.
+    from pnfs.cli import main
+
+    main(["train", *sys.argv[1:]])

@@ -154,8 +154,8 @@ MPII = Skeleton(
             "left_lower_leg": (11, 13), "right_lower_leg": (12, 14),
         },
     },
-    pckh_groups={
-        "head": (0, 1), "shoulder": (3, 4), "elbow": (5, 6), "wrist": (7, 8), "hip": (9, 10),
+    pckh_groups={  # "head" is the top of the head alone, as in the published tables
+        "head": (0,), "shoulder": (3, 4), "elbow": (5, 6), "wrist": (7, 8), "hip": (9, 10),
         "knee": (11, 12), "ankle": (13, 14),
     },
 )  # fmt: skip

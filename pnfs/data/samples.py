@@ -83,15 +83,14 @@ class SampleMaker:
         keypoints = self.keypoints[index]
         matrix, flip = self._crop(index, epoch)
         inverse = invert_affine(matrix)
-        box = touched_region(inverse, self.size, image.shape[:2])
-        if box is None:
+        cut = cut_out(image, inverse, self.size)
+        if cut is None:
             center = np.round(self.centers[index], 1).tolist()
             raise PnfsError(
                 f"{self.paths[index]}: the box around {center} lies outside the "
                 f"{image.shape[1]}x{image.shape[0]} image; correct the annotation"
             )
-        left, top, right, bottom = box
-        to_crop = inverse - np.array([[0, 0, left], [0, 0, top]])
+        crop, to_crop = cut
         joints = apply_affine(matrix, keypoints[:, :2])
         flags, to_image = keypoints[:, 2], inverse
         if flip:
@@ -101,7 +100,7 @@ class SampleMaker:
             to_image = compose(inverse, mirror)
         weights = joint_weights(joints, flags, self.size)
         return Sample(
-            crop=image[top:bottom, left:right],
+            crop=crop,
             matrix=to_crop,
             flip=flip,
             joints=np.where(weights[:, None] > 0, joints, 0),
@@ -126,6 +125,27 @@ class SampleMaker:
                 )
                 center, scale = half if half is not None else (center, scale)
         return crop_matrix(center, scale * drawn.factor, drawn.rotation, self.size), drawn.flip
+
+
+def cut_out(
+    image: np.ndarray, inverse: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The region of an image that a warp reads, and the warp in that region's pixels.
+
+    Args:
+        image: uint8 (h, w, 3).
+        inverse: (2, 3), network-input pixel -> image pixel.
+        size: (H, W) of the input.
+
+    Returns:
+        A view of the image, and (2, 3) network-input pixel -> pixel of the view; None if the warp
+        reads nothing of the image.
+    """
+    region = touched_region(inverse, size, image.shape[:2])
+    if region is None:
+        return None
+    left, top, right, bottom = region
+    return image[top:bottom, left:right], inverse - np.array([[0, 0, left], [0, 0, top]])
 
 
 def touched_region(

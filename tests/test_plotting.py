@@ -395,7 +395,7 @@ def test_curves_are_read_whatever_is_missing(tmp_path: Path) -> None:
         '{"event": "note", "step": 20, "text": "resumed"}',
         "",
         '{"step": 30, "loss": 0.25}',
-        '{"event": "eval", "step": 30, "AP": 0.5, "AP(M)": NaN, "boxes": "truth"}',
+        '{"event": "eval", "step": 30, "AP": 0.5, "AP(M)": NaN, "AP(L)": -1, "boxes": "truth"}',
         '{"event": "eval", "step": 40, "epoch": 2, "AP": 0.75, "seconds": 3}',
         '{"event": "train", "st',
     ]

@@ -124,7 +124,7 @@ def _add(curves: Curves, row: Mapping[str, Any]) -> None:
         targets = [("loss", {"loss": curves.loss}), ("lr", {"lr": curves.learning_rate})]
     for name, series in targets:
         value = _number(row.get(name))
-        if value is not None:
+        if value is not None and value >= 0:  # COCO's −1: nothing of this kind to score
             steps, values = series.setdefault(name, ([], []))
             steps.append(step)
             values.append(value)
@@ -244,6 +244,8 @@ def _plot_scores(axes: Axes, curves: Mapping[str, Curves]) -> None:
     if not axes.lines:
         _empty(axes, "no evaluation yet")
         return
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0.0), high)
     axes.legend(
         fontsize=8,
         frameon=False,

@@ -12,7 +12,14 @@ from pnfs.plotting.panel import (
     draw_feature,
     draw_live_cell,
 )
-from pnfs.plotting.style import INK, SOFT, TRANSFORM_COLOURS, operation_colours, spaced
+from pnfs.plotting.style import (
+    INK,
+    OPERATION_COLOURS,
+    SOFT,
+    TRANSFORM_COLOURS,
+    operation_colours,
+    spaced,
+)
 
 LINE_H, BLOCK_W, BLOCK_GAP = 0.197, 2.35, 0.30
 SWATCH_W, LABEL_X = 0.42, 0.54
@@ -25,7 +32,11 @@ CONNECTION_LINES, CELL_LINES = len(TRANSFORMS) + 2, 3
 
 
 def _operations(panels: Sequence[Panel]) -> list[str]:
-    return list(dict.fromkeys(name for panel in panels for name in panel.topology.operations))
+    used = dict.fromkeys(name for panel in panels for name in panel.topology.operations)
+    return [
+        *(name for name in OPERATION_COLOURS if name in used),
+        *(name for name in used if name not in OPERATION_COLOURS),
+    ]
 
 
 def legend_size(panels: Sequence[Panel], *, stacked: bool) -> tuple[float, float]:

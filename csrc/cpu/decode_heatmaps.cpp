@@ -1,89 +1,100 @@
 // Flip average, argmax, quarter offset and affine map of heatmaps: pnfs/kernels/decode_heatmaps.py
-// has the definition. Each map is read from memory once, row by row; only the four neighbours of
-// the maximum are read again.
+// has the definition. A map is read from memory once; only the neighbours of its maximum are read
+// again.
 //
-// The argmax keeps, in each of 16 lanes, the largest value and the cell it came from. Two walks:
-// along the row where the cells of a row are adjacent, across the keypoints where those are
-// (channels-last). A row whose elements need work (flip average, half precision, other strides) is
-// first written to a buffer in cache.
+// The argmax keeps, in each of 16 lanes, the largest value and the cell it came from. Lanes are
+// neighbouring cells of a row, or neighbouring keypoints where the layout is channels-last. Other
+// layouts, rows shorter than a vector and unusual numbers of keypoints take a plain loop.
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstring>
 #include <limits>
-#include <type_traits>
-#include <vector>
 
 #include "core/dtypes.h"
+#include "core/lanes.h"
 #include "cpu/ops.h"
 
 namespace pnfs {
 namespace {
 
-constexpr int64_t kLanes = 16;
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-constexpr int64_t kSerialElements = 1 << 14;  // below this, starting threads costs more than work
+constexpr std::int64_t kSerialElements = 1 << 14;  // below this, threads cost more than work
 
-typedef float FloatLanes __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
-using Shape = std::array<int64_t, 4>;  // N, K, h, w: sizes, or strides in elements
+using Shape = std::array<std::int64_t, 4>;  // N, K, h, w: sizes, or strides in elements
 
 struct Problem {
   Shape size, stride, flip_stride;
-  const int64_t* permutation;  // null: identity
-  const double* matrices;      // (N, 2, 3)
-  float* xy;                   // (N, K, 2)
-  float* score;                // (N, K)
-  bool shift;
-};
+  const std::int64_t* permutation;  // null: identity
+  const double* matrices;           // (N, 2, 3)
+  float* xy;                        // (N, K, 2)
+  float* score;                     // (N, K)
+  std::int64_t shift;               // 0 or 1 cell to the right
 
-// Sixteen running maxima; `at` is the cell each was first seen in. NaN never wins: the comparison
-// is false.
-struct Running {
-  FloatLanes best = FloatLanes{} + kLowest;
-  IntLanes at = {};
-
-  void see(const float* values, IntLanes cells) {
-    FloatLanes v;
-    std::memcpy(&v, values, sizeof v);
-    const auto larger = v > best;
-    best = larger ? v : best;
-    at = larger ? cells : at;
+  std::int64_t flip_keypoint(std::int64_t k) const {
+    return permutation == nullptr ? k : permutation[k];
+  }
+  // The column of the flipped map that belongs to column x.
+  std::int64_t flip_column(std::int64_t x) const {
+    return x == 0 ? size[3] - 1 : size[3] - 1 - x + shift;
   }
 };
 
-IntLanes lane_numbers() {
-  IntLanes lanes;
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
-  return lanes;
-}
+// The maximum so far and the cell it was first seen in. NaN never wins: the comparison is false.
+struct Peak {
+  float value = kLowest;
+  std::int32_t cell = 0;
 
-// One merged value; `a` and `b` point to the maps of one person and keypoint.
+  void see(float v, std::int32_t at) {
+    if (v > value || (v == value && at < cell)) {
+      value = v;
+      cell = at;
+    }
+  }
+};
+
+// Sixteen of them. Cells come in ascending order, so that a later equal never wins.
+struct PeakLanes {
+  FloatLanes value = FloatLanes{} + kLowest;
+  IntLanes cell = {};
+
+  void see(FloatLanes v, IntLanes at) {
+    const auto larger = v > value;
+    value = larger ? v : value;
+    cell = larger ? at : cell;
+  }
+};
+
+// The merged map of one person and keypoint.
 template <class T>
 struct Merged {
   const T* a;
   const T* b;  // null: no flip average
   const Problem& p;
 
-  float operator()(int64_t y, int64_t x) const {
+  Merged(const Problem& problem, const T* heatmaps, const T* flipped, std::int64_t n,
+         std::int64_t k)
+      : a(heatmaps + n * problem.stride[0] + k * problem.stride[1]),
+        b(flipped == nullptr ? nullptr
+                             : flipped + n * problem.flip_stride[0] +
+                                   problem.flip_keypoint(k) * problem.flip_stride[1]),
+        p(problem) {}
+
+  float operator()(std::int64_t y, std::int64_t x) const {
     const float value = load(a + y * p.stride[2] + x * p.stride[3]);
     if (b == nullptr) return value;
-    const int64_t w = p.size[3];
-    const int64_t mirrored = p.shift && x > 0 ? w - x : w - 1 - x;
-    return (value + load(b + y * p.flip_stride[2] + mirrored * p.flip_stride[3])) * 0.5f;
+    const std::int64_t column = p.flip_column(x);
+    return (value + load(b + y * p.flip_stride[2] + column * p.flip_stride[3])) * 0.5f;
   }
 };
 
-// Writes the result of person n, keypoint k, whose maximum `best` is in cell `at`.
+// Writes the result of person n, keypoint k.
 template <class T>
-void finish(const Problem& p, const Merged<T>& merged, int64_t n, int64_t k, float best,
-            int64_t at) {
-  const int64_t h = p.size[2], w = p.size[3];
+void finish(const Problem& p, const Merged<T>& merged, std::int64_t n, std::int64_t k, Peak peak) {
+  const std::int64_t h = p.size[2], w = p.size[3];
   double x = 0, y = 0;
-  if (best > 0) {
-    const int64_t px = at % w, py = at / w;
+  if (peak.value > 0) {
+    const std::int64_t px = peak.cell % w, py = peak.cell / w;
     x = static_cast<double>(px);
     y = static_cast<double>(py);
     if (px > 1 && px < w - 1 && py > 1 && py < h - 1) {
@@ -95,177 +106,159 @@ void finish(const Problem& p, const Merged<T>& merged, int64_t n, int64_t k, flo
     }
   }
   const double* m = p.matrices + n * 6;
-  const int64_t row = n * p.size[1] + k;
+  const std::int64_t row = n * p.size[1] + k;
   p.xy[2 * row] = static_cast<float>(m[0] * x + m[1] * y + m[2]);
   p.xy[2 * row + 1] = static_cast<float>(m[3] * x + m[4] * y + m[5]);
-  p.score[row] = best;
+  p.score[row] = peak.value;
 }
 
-// out[x] = merged row; `a_step`, `b_step` are the strides along x.
+// Any layout.
 template <class T>
-void merge_row(float* out, const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t w,
-               bool shift) {
-  if (b == nullptr) {
-    for (int64_t x = 0; x < w; ++x) out[x] = load(a + x * a_step);
-    return;
+Peak peak_of_cells(const Problem& p, const Merged<T>& merged) {
+  Peak peak;
+  for (std::int64_t y = 0; y < p.size[2]; ++y) {
+    for (std::int64_t x = 0; x < p.size[3]; ++x) {
+      peak.see(merged(y, x), static_cast<std::int32_t>(y * p.size[3] + x));
+    }
   }
-  const T* last = b + (w - 1) * b_step;
-  int64_t x = 0;
-  if (shift) {
-    out[0] = (load(a) + load(last)) * 0.5f;
-    last += b_step;  // column x shows what column x - 1 would
-    x = 1;
-  }
-  for (; x < w; ++x) out[x] = (load(a + x * a_step) + load(last - x * b_step)) * 0.5f;
+  return peak;
 }
 
-// Rows of adjacent cells. `buffer` holds max(w, 16) floats.
 template <class T>
-void decode_map(const Problem& p, const Merged<T>& merged, int64_t n, int64_t k, float* buffer) {
-  static const IntLanes lanes = lane_numbers();
-  int64_t h = p.size[2], w = p.size[3];
-  const bool direct = std::is_same<T, float>::value && merged.b == nullptr && p.stride[3] == 1;
-  if (direct && p.stride[2] == w) {  // the whole map is one row
+bool has_row_lanes(const Problem& p, const T* flipped) {
+  return p.stride[3] == 1 && (flipped == nullptr || p.flip_stride[3] == 1) &&
+         p.size[3] - p.shift >= kLanes;
+}
+
+// Cells of a row are adjacent.
+template <class T>
+Peak peak_of_rows(const Problem& p, const Merged<T>& merged) {
+  std::int64_t h = p.size[2], w = p.size[3];
+  if (merged.b == nullptr && p.stride[2] == w) {  // the whole map is one row
     w *= h;
     h = 1;
   }
-  const bool in_place = direct && w >= kLanes;
-  const int64_t length = std::max(w, kLanes);
-  if (!in_place) std::fill(buffer, buffer + length, kLowest);
-  Running running;
-  for (int64_t y = 0; y < h; ++y) {
+  const std::int64_t first = merged.b == nullptr ? 0 : p.shift;
+  Peak peak;  // of column 0 where the shift makes it a special one
+  PeakLanes lanes;
+  for (std::int64_t y = 0; y < h; ++y) {
     const T* a = merged.a + y * p.stride[2];
-    const float* row = buffer;
-    if (in_place) {
-      row = reinterpret_cast<const float*>(a);
-    } else {
-      const T* b = merged.b == nullptr ? nullptr : merged.b + y * p.flip_stride[2];
-      if (p.stride[3] == 1 && p.flip_stride[3] == 1) {
-        merge_row(buffer, a, 1, b, 1, w, p.shift);  // constant steps: the compiler vectorises
-      } else {
-        merge_row(buffer, a, p.stride[3], b, p.flip_stride[3], w, p.shift);
+    const IntLanes cells = lane_numbers() + static_cast<std::int32_t>(y * w);
+    const auto walk = [&](auto values) {
+      std::int64_t x = first;
+      for (; x + kLanes <= w; x += kLanes) {
+        lanes.see(values(x), cells + static_cast<std::int32_t>(x));
       }
+      if (x < w) {  // the last lanes again, overlapping
+        lanes.see(values(w - kLanes), cells + static_cast<std::int32_t>(w - kLanes));
+      }
+    };
+    if (merged.b == nullptr) {
+      walk([&](std::int64_t x) { return load_lanes(a + x); });
+      continue;
     }
-    const int32_t cell = static_cast<int32_t>(y * w);
-    int64_t x = 0;
-    for (; x + kLanes <= length; x += kLanes) {
-      running.see(row + x, lanes + (cell + static_cast<int32_t>(x)));
-    }
-    if (x < length) {  // the last lanes again, overlapping
-      running.see(row + length - kLanes, lanes + (cell + static_cast<int32_t>(length - kLanes)));
-    }
+    // Lane i of column x is column last - x - i of the flipped map.
+    const T* last = merged.b + y * p.flip_stride[2] + w - 1 + p.shift;
+    if (first == 1) peak.see(merged(y, 0), static_cast<std::int32_t>(y * w));
+    walk([&](std::int64_t x) {
+      return (load_lanes(a + x) + reversed(load_lanes(last - x - (kLanes - 1)))) * 0.5f;
+    });
   }
-  float best = running.best[0];
-  int32_t at = running.at[0];
-  for (int lane = 1; lane < kLanes; ++lane) {
-    const float value = running.best[lane];
-    if (value > best || (value == best && running.at[lane] < at)) {
-      best = value;
-      at = running.at[lane];
-    }
-  }
-  finish(p, merged, n, k, best, at);
+  for (int lane = 0; lane < kLanes; ++lane) peak.see(lanes.value[lane], lanes.cell[lane]);
+  return peak;
 }
 
-// Adjacent keypoints. `buffer` holds w * columns floats, columns = K rounded up to 16.
+// Keypoints of a cell are adjacent, 16 to 32 of them: all maps of person n. Lanes of the second
+// group overlap the first's so that they end with the last keypoint.
 template <class T>
-void decode_person(const Problem& p, const T* a, const T* b, int64_t n, int64_t columns,
-                   float* buffer, std::vector<Running>& running) {
-  const int64_t k = p.size[1], h = p.size[2], w = p.size[3];
-  const auto source = [&](int64_t j) { return p.permutation == nullptr ? j : p.permutation[j]; };
-  const bool in_place = std::is_same<T, float>::value && b == nullptr && k >= kLanes;
-  const auto first_of = [&](int64_t group) {
-    return in_place ? std::min(group * kLanes, k - kLanes) : group * kLanes;
-  };
-  std::fill(running.begin(), running.end(), Running());
-  for (int64_t y = 0; y < h; ++y) {
-    const T* row_a = a + y * p.stride[2];
-    const float* row = buffer;
-    int64_t step = columns;
-    if (in_place) {
-      row = reinterpret_cast<const float*>(row_a);
-      step = p.stride[3];
-    } else {
-      for (int64_t x = 0; x < w; ++x) {
-        const T* from = row_a + x * p.stride[3];
-        float* to = buffer + x * columns;
-        if (b == nullptr) {
-          for (int64_t j = 0; j < k; ++j) to[j] = load(from + j);
-          continue;
-        }
-        const int64_t mirrored = p.shift && x > 0 ? w - x : w - 1 - x;
-        const T* other = b + y * p.flip_stride[2] + mirrored * p.flip_stride[3];
-        for (int64_t j = 0; j < k; ++j) {
-          to[j] = (load(from + j) + load(other + source(j) * p.flip_stride[1])) * 0.5f;
-        }
+bool has_keypoint_lanes(const Problem& p, const T* flipped) {
+  return p.stride[1] == 1 && (flipped == nullptr || p.flip_stride[1] == 1) &&
+         p.size[1] >= kLanes && p.size[1] <= 2 * kLanes;
+}
+
+template <int kGroups, bool kFlip, class T>
+void decode_keypoint_lanes(const Problem& p, const T* heatmaps, const T* flipped, std::int64_t n) {
+  const std::int64_t k = p.size[1], h = p.size[2], w = p.size[3];
+  const std::int64_t second = k - kLanes;  // first keypoint of the last group
+  const T* a = heatmaps + n * p.stride[0];
+  const T* b = kFlip ? flipped + n * p.flip_stride[0] : nullptr;
+  PeakLanes lanes[kGroups];
+  IntLanes source[kGroups] = {};  // where each lane's partner lies in the two loads of `b`
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const auto place = [&](std::int64_t keypoint) {
+      const std::int64_t from = p.flip_keypoint(keypoint);
+      return static_cast<std::int32_t>(from < kLanes ? from : kLanes + from - second);
+    };
+    source[0][lane] = place(lane);
+    if (kGroups == 2) source[1][lane] = place(second + lane);
+  }
+  for (std::int64_t y = 0; y < h; ++y) {
+    for (std::int64_t x = 0; x < w; ++x) {
+      const T* at = a + y * p.stride[2] + x * p.stride[3];
+      const IntLanes cell = IntLanes{} + static_cast<std::int32_t>(y * w + x);
+      FloatLanes low = {}, high = {};
+      if (kFlip) {
+        const T* other = b + y * p.flip_stride[2] + p.flip_column(x) * p.flip_stride[3];
+        low = load_lanes(other);
+        high = kGroups == 2 ? load_lanes(other + second) : low;
       }
-    }
-    for (int64_t group = 0; group < columns / kLanes; ++group) {
-      Running local = running[group];
-      const float* values = row + first_of(group);
-      for (int64_t x = 0; x < w; ++x) {
-        local.see(values + x * step, IntLanes{} + static_cast<int32_t>(y * w + x));
+      for (int group = 0; group < kGroups; ++group) {
+        FloatLanes v = load_lanes(at + (group == 0 ? 0 : second));
+        if (kFlip) v = (v + select(low, high, source[group])) * 0.5f;
+        lanes[group].see(v, cell);
       }
-      running[group] = local;
     }
   }
-  for (int64_t j = 0; j < k; ++j) {
-    const int64_t group = j / kLanes, lane = j - first_of(group);
-    const T* flipped = b == nullptr ? nullptr : b + source(j) * p.flip_stride[1];
-    const Merged<T> merged{a + j * p.stride[1], flipped, p};
-    finish(p, merged, n, j, running[group].best[lane], running[group].at[lane]);
+  for (std::int64_t j = 0; j < k; ++j) {
+    const PeakLanes& group = lanes[j < kLanes ? 0 : kGroups - 1];
+    const std::int64_t lane = j < kLanes ? j : j - second;
+    finish(p, Merged<T>(p, heatmaps, flipped, n, j), n, j, {group.value[lane], group.cell[lane]});
+  }
+}
+
+template <class T>
+void decode_person(const Problem& p, const T* heatmaps, const T* flipped, std::int64_t n) {
+  const bool one = p.size[1] == kLanes;
+  if (flipped == nullptr) {
+    one ? decode_keypoint_lanes<1, false>(p, heatmaps, flipped, n)
+        : decode_keypoint_lanes<2, false>(p, heatmaps, flipped, n);
+  } else {
+    one ? decode_keypoint_lanes<1, true>(p, heatmaps, flipped, n)
+        : decode_keypoint_lanes<2, true>(p, heatmaps, flipped, n);
   }
 }
 
 template <class T>
 void decode(const Problem& p, const T* heatmaps, const T* flipped) {
-  const int64_t n = p.size[0], k = p.size[1], h = p.size[2], w = p.size[3];
-  const bool threads = n * k * h * w > kSerialElements;
-  const auto person = [&](const T* maps, const Shape& stride, int64_t i) {
-    return maps == nullptr ? nullptr : maps + i * stride[0];
-  };
-  if (p.stride[1] == 1 && k > 1 && w > 1 && p.stride[3] != 1) {
-    const int64_t columns = (k + kLanes - 1) / kLanes * kLanes;
-#pragma omp parallel if (threads)
-    {
-      std::vector<float> buffer(static_cast<size_t>(w * columns), kLowest);
-      std::vector<Running> running(static_cast<size_t>(columns / kLanes));
-#pragma omp for
-      for (int64_t i = 0; i < n; ++i) {
-        decode_person(p, person(heatmaps, p.stride, i), person(flipped, p.flip_stride, i), i,
-                      columns, buffer.data(), running);
-      }
-    }
+  const std::int64_t n = p.size[0], k = p.size[1];
+  const bool threads = n * k * p.size[2] * p.size[3] > kSerialElements;
+  const bool rows = has_row_lanes(p, flipped);
+  if (!rows && has_keypoint_lanes(p, flipped)) {
+#pragma omp parallel for schedule(static) if (threads)
+    for (std::int64_t i = 0; i < n; ++i) decode_person(p, heatmaps, flipped, i);
     return;
   }
-#pragma omp parallel if (threads)
-  {
-    std::vector<float> buffer(static_cast<size_t>(std::max(w, kLanes)));
-#pragma omp for
-    for (int64_t map = 0; map < n * k; ++map) {
-      const int64_t i = map / k, j = map % k;
-      const int64_t source = p.permutation == nullptr ? j : p.permutation[j];
-      const T* b = person(flipped, p.flip_stride, i);
-      const Merged<T> merged{person(heatmaps, p.stride, i) + j * p.stride[1],
-                             b == nullptr ? nullptr : b + source * p.flip_stride[1], p};
-      decode_map(p, merged, i, j, buffer.data());
-    }
+#pragma omp parallel for schedule(static) if (threads)
+  for (std::int64_t map = 0; map < n * k; ++map) {
+    const std::int64_t i = map / k, j = map % k;
+    const Merged<T> merged(p, heatmaps, flipped, i, j);
+    finish(p, merged, i, j, rows ? peak_of_rows(p, merged) : peak_of_cells(p, merged));
   }
 }
 
 }  // namespace
 
-void decode_heatmaps(uintptr_t heatmaps, const Shape& stride, uintptr_t flipped,
-                     const Shape& flip_stride, uintptr_t permutation, uintptr_t matrices,
-                     uintptr_t xy, uintptr_t score, const Shape& size, bool shift, int dtype) {
+void decode_heatmaps(Address heatmaps, const Shape& stride, Address flipped,
+                     const Shape& flip_stride, Address permutation, Address matrices, Address xy,
+                     Address score, const Shape& size, bool shift, int dtype) {
   const Problem p{size,
                   stride,
                   flip_stride,
-                  reinterpret_cast<const int64_t*>(permutation),
+                  reinterpret_cast<const std::int64_t*>(permutation),
                   reinterpret_cast<const double*>(matrices),
                   reinterpret_cast<float*>(xy),
                   reinterpret_cast<float*>(score),
-                  shift};
+                  shift ? 1 : 0};
   dispatch_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     decode(p, reinterpret_cast<const T*>(heatmaps), reinterpret_cast<const T*>(flipped));

@@ -93,15 +93,19 @@ def call(name: str, function: str, *args: Any, shapes: str) -> Any:
         raise RuntimeError(f"{function}: {error} ({shapes})") from None
 
 
+def module_available(name: str) -> Verdict:
+    """Whether the compiled module `name` can be loaded."""
+    found, reason = _load(name)
+    return RUNS if found is not None else no(reason)
+
+
 @functools.cache
 def has_function(name: str, function: str) -> Verdict:
     """Whether the compiled module `name` is there and offers `function`."""
-    found, reason = _load(name)
-    if found is None:
-        return no(reason)
-    if not hasattr(found, function):
+    ok, reason = module_available(name)
+    if ok and not hasattr(module(name), function):
         return no(f"pnfs.{name} was built before {function} existed; {REBUILD}")
-    return RUNS
+    return ok, reason
 
 
 @functools.cache

@@ -107,7 +107,8 @@ def test_detections_are_filtered_sorted_and_unlabelled(root: Path):
     write(root, tree(annotation(1)))
     entry = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 40], "score": 0.5}
     changes = [
-        {"score": 0.3}, {"score": 0.9}, {"category_id": 3}, {"image_id": 77}, {"image_id": 2}, {"score": 0.05},
+        {"score": 0.3}, {"score": 0.9}, {"category_id": 3},
+        {"image_id": 77}, {"image_id": 2}, {"score": 0.05},
     ]  # fmt: skip
     path = root / "boxes.json"
     path.write_text(json.dumps([{**entry, **change} for change in changes]))

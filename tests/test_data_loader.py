@@ -1,4 +1,4 @@
-"""Batches: right pixels and joints, reproducible, resumable, sharded, and tolerant of broken files."""
+"""Batches: right pixels and joints, reproducible, resumable, sharded, not upset by broken files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def same(first: Batch, second: Batch) -> bool:
 
 
 def warped(people: PeopleDataset, batch: Batch, row: int) -> np.ndarray:
-    """What the input of one sample should show, straight from the whole image: float (H, W, 3) BGR."""
+    """What one sample's input should show, straight from the whole image: float (H, W, 3) BGR."""
     image = read_image(people.people[int(batch.indices[row])].image_path, apply_exif=False)
     matrix = batch.to_image[row].numpy()
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
@@ -104,8 +104,8 @@ def test_dtypes_and_shapes_are_those_of_the_contract(people: PeopleDataset):
         if f.name not in ("skipped", "problems")
     }
     assert dtypes == {
-        "pixels": torch.uint8, "offsets": torch.int64, "sizes": torch.int32, "matrices": torch.float32,
-        "flips": torch.bool, "joints": torch.float32, "weights": torch.float32,
+        "pixels": torch.uint8, "offsets": torch.int64, "sizes": torch.int32,
+        "matrices": torch.float32, "flips": torch.bool, "joints": torch.float32, "weights": torch.float32,
         "to_image": torch.float64, "indices": torch.int64,
     }  # fmt: skip
     assert batch.offsets[0] == 0 and batch.pixels.numel() == (batch.sizes.prod(1) * 3).sum()

@@ -45,7 +45,8 @@ def write_truth(root: Path, count: int, **changes: Any) -> None:
     heads = np.zeros((2, 2, count))
     heads[1] = np.array([[30.0], [40.0]])
     arrays = {
-        "jnt_missing": np.eye(16, count), "pos_gt_src": np.arange(32.0 * count).reshape(16, 2, count),
+        "jnt_missing": np.eye(16, count),
+        "pos_gt_src": np.arange(32.0 * count).reshape(16, 2, count),
         "headboxes_src": heads,
     }  # fmt: skip
     arrays = {key: value for key, value in {**arrays, **changes}.items() if value is not ...}

@@ -104,7 +104,7 @@ def test_annotations_are_coco_and_agree_with_the_images(tmp_path: Path):
         assert entry["num_keypoints"] == (keypoints[:, 2] > 0).sum() >= 6
         assert (keypoints[keypoints[:, 2] == 0] == 0).all()
         x, y, width, height = entry["bbox"]
-        assert 0 <= x and x + width <= 320 and 0 <= y and y + height <= 240
+        assert x >= 0 and x + width <= 320 and y >= 0 and y + height <= 240
         assert 0 < entry["area"] <= width * height
         seen = keypoints[keypoints[:, 2] == 2, :2]
         assert ((seen >= [x - 1, y - 1]) & (seen <= [x + width, y + height])).all()

@@ -7,22 +7,20 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
-from torch import nn
+from scenes import Pointer, UnflipPointer, scene_config, write_scene
 
-from pnfs.config import Config, load_config
+from pnfs.config import load_config
 from pnfs.data import PeopleDataset, Person, load_people
-from pnfs.data.transforms import MEAN, STD
 from pnfs.errors import PnfsError
 from pnfs.evaluation import EvalResult, evaluate
 from pnfs.evaluation.coco import Candidates, coco_ap, coco_results, rescore
 from pnfs.evaluation.pckh import PCKH_10, PCKH_10_CUSTOMARY, PCKH_50, pckh
-from pnfs.skeleton import COCO, MPII, Skeleton
+from pnfs.skeleton import COCO, MPII
 
 GOLDEN = {
     "AP": 0.52875, "AP50": 0.90429, "AP75": 0.50099, "AP(M)": 0.42475, "AP(L)": 0.62196,
@@ -211,79 +209,6 @@ def test_pckh_without_head_sizes_says_what_to_do() -> None:
 # ---- evaluate: from model to files ----
 
 
-class Pointer(nn.Module):
-    """Stands in for a trained model: it sees markers of K brightnesses and scores them highly.
-
-    Score map k is high where the network's input has grey level 8 · (k + 1) all around, so
-    whatever evaluation does to the image (crop, mirror, colours) it must undo to score well.
-    """
-
-    def __init__(self, keypoints: int) -> None:
-        super().__init__()
-        self.register_buffer("levels", 8.0 * torch.arange(1, keypoints + 1))
-        self.modes: list[bool] = []
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.modes.append(self.training)
-        grey = 255 * (images[:, 1:2] * STD[1] + MEAN[1])
-        near = torch.exp(-((grey - self.levels.view(1, -1, 1, 1)) ** 2) / 4)
-        return F.avg_pool2d(near, 20, stride=4, padding=8)  # peaks in the middle of a square
-
-
-def write_scene(
-    root: Path, skeleton: Skeleton, images: int = 3, per_image: int = 2
-) -> list[dict[str, Any]]:
-    """A dataset in COCO's layout whose people are grids of marked squares; returns annotations."""
-    (root / "val2017").mkdir(parents=True)
-    (root / "annotations").mkdir()
-    annotations: list[dict[str, Any]] = []
-    entries = []
-    for number in range(1, images + 1):
-        picture = np.zeros((240, 500, 3), np.uint8)
-        for column in range(per_image):
-            left, top = 20 + 250 * column, 20 + 5 * number
-            joints = [
-                (left + 20 + 42 * (k % 4), top + 20 + 36 * (k // 4), 2)
-                for k in range(skeleton.num_keypoints)
-            ]
-            for k, (x, y, _) in enumerate(joints):
-                picture[y - 8 : y + 9, x - 8 : x + 9] = 8 * (k + 1)
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": 0,
-                "num_keypoints": len(joints), "keypoints": np.array(joints).ravel().tolist(),
-                "bbox": [left, top, 170, 190], "area": 170 * 190 * 0.6,
-            })  # fmt: skip
-        cv2.imwrite(str(root / "val2017" / f"{number}.png"), picture)
-        entries.append({"id": number, "file_name": f"{number}.png", "height": 240, "width": 500})
-    tree = {
-        "images": entries, "annotations": annotations,
-        "categories": [{"id": 1, "name": "person", "keypoints": list(skeleton.keypoints)}],
-    }  # fmt: skip
-    (root / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(tree))
-    return annotations
-
-
-def scene_config(root: Path, *overrides: str) -> Config:
-    return load_config(
-        "tiny",
-        ["data.dataset=coco", f"data.root={root}", "data.workers=0", "model.input_size=[256,192]",
-         "eval.batch_size=4", *overrides],
-    )  # fmt: skip
-
-
-class UnflipPointer(Pointer):
-    """Sees left joints where a mirrored image shows right ones, as a trained model does: it is told
-    by the column order of the squares' levels whether the image is mirrored."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        scores = super().forward(images)
-        columns = torch.arange(scores.shape[3], dtype=scores.dtype)
-        centre = (scores.sum(2) * columns).sum(2) / scores.sum((2, 3)).clamp(min=1e-6)
-        mirrored = centre[:, 0] > centre[:, 3]  # joints 0 and 3: first and last of the top row
-        swapped = scores[:, list(COCO.flip_permutation)]
-        return torch.where(mirrored.view(-1, 1, 1, 1), swapped, scores)
-
-
 @pytest.mark.parametrize("profile", ["standard", "posenfs"])
 @pytest.mark.parametrize("flip", [False, True])
 def test_evaluate_scores_a_model_that_is_right(tmp_path: Path, profile: str, flip: bool) -> None:
@@ -401,35 +326,31 @@ def test_mpii_without_head_sizes_is_one_line_with_the_remedy(tmp_path: Path) -> 
 
 
 def _evaluate_share(rank: int, root: str, port: int) -> None:
-    import torch.distributed as dist
-
+    """One of two processes: scores a whole dataset, then one whose first image is broken."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    config = scene_config(Path(root))
-    people = load_people(config.data, COCO, "val")
-    try:
-        result = evaluate(UnflipPointer(17), people, config)
-        result.write(Path(root) / f"rank{rank}")
-    except PnfsError as error:
-        (Path(root) / f"error{rank}").write_text(str(error))
+    for name in ("whole", "broken"):
+        config = scene_config(Path(root) / name)
+        people = load_people(config.data, COCO, "val")
+        try:
+            evaluate(UnflipPointer(17), people, config).write(Path(root) / f"{name}{rank}")
+        except PnfsError as error:
+            (Path(root) / f"error{rank}").write_text(str(error))
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_two_processes_score_as_one_and_fail_together(tmp_path: Path, broken: bool) -> None:
-    write_scene(tmp_path, COCO)
-    config = scene_config(tmp_path)
-    if broken:  # person 0 of image 1 is rank 0's: rank 1 must not wait for ever
-        (tmp_path / "val2017" / "1.png").write_bytes(b"")
-    else:
-        single = evaluate(UnflipPointer(17), load_people(config.data, COCO, "val"), config)
+def test_two_processes_score_as_one_and_fail_together(tmp_path: Path) -> None:
+    for name in ("whole", "broken"):
+        write_scene(tmp_path / name, COCO)
+    # Its first person is rank 0's share alone: rank 1 must not wait for it for ever.
+    (tmp_path / "broken" / "val2017" / "1.png").write_bytes(b"")
+    config = scene_config(tmp_path / "whole")
+    single = evaluate(UnflipPointer(17), load_people(config.data, COCO, "val"), config)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(_evaluate_share, (str(tmp_path), port), nprocs=2)
     for rank in (0, 1):
-        if broken:
-            assert "1.png" in (tmp_path / f"error{rank}").read_text()
-        else:
-            stored = json.loads((tmp_path / f"rank{rank}" / "predictions.json").read_text())
-            assert stored == single.predictions
+        stored = json.loads((tmp_path / f"whole{rank}" / "predictions.json").read_text())
+        assert stored == single.predictions
+        assert "1.png" in (tmp_path / f"error{rank}").read_text()

@@ -295,6 +295,18 @@ def parse_config(tree: Mapping[str, Any], *, where: str = "config") -> Config:
         raise PnfsError(f"{where}: {_first_error(error)}") from None
 
 
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with dotted overrides (see `load_config`) on top, validated again.
+
+    Raises:
+        PnfsError: unknown key or bad value; one line.
+    """
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, where="override")
+
+
 def dump_config(config: Config) -> str:
     """The fully resolved configuration as YAML; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None)

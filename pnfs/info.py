@@ -38,11 +38,15 @@ class Info:
 
 def collect_info() -> Info:
     """Gather the facts; compiled modules are loaded to see whether they load."""
-    versions = {"pnfs": _version("pnfs"), "python": platform.python_version()}
-    versions |= {name: _version(name) for name in PACKAGES}
     build = native.build_record()
     modules = {f"pnfs.{name}": _describe(name, build) for name in ("_cpu", "_cuda")}
-    return Info(versions, build, modules, kernels.explain(), _devices())
+    return Info(package_versions(), build, modules, kernels.explain(), _devices())
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of pnfs, Python and the packages that decide results."""
+    own = {"pnfs": _version("pnfs"), "python": platform.python_version()}
+    return own | {name: _version(name) for name in PACKAGES}
 
 
 def print_info() -> None:

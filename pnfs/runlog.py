@@ -10,31 +10,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 from pnfs.checkpoint import MODEL, is_run
 from pnfs.config import Config, dump_config, load_config
 from pnfs.errors import PnfsError
+from pnfs.info import package_versions
 from pnfs.statefile import reason, sync_folder, write_json, write_text
 
 CONFIG, RUN, METRICS, LOCK = "config.yaml", "run.json", "metrics.jsonl", ".lock"
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "opencv-python-headless",
-    "pycocotools",
-    "safetensors",
-    "pnfs",
-)
 
 
 def open_run(out: Path, *, resume: bool, overwrite: bool) -> IO[str]:
@@ -127,22 +117,11 @@ def write_record(out: Path, config: Config, *, device: str, world: int, step: in
             "git_commit": git_commit(),
             "device": device,
             "processes": world,
-            "versions": versions(),
+            "versions": package_versions(),
         }
     )
     write_text(out / CONFIG, dump_config(config))
     write_json(path, {"starts": starts})
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def git_commit() -> str | None:

@@ -1,0 +1,243 @@
+"""The command line: arguments in, one function call out. Everything heavy is imported inside.
+
+A `PnfsError` is one red line on stderr and exit status 2; Ctrl-C is status 130.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from pnfs.errors import PnfsError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="pnfs",
+    help="Pose Neural Fabrics: train, search, score and use part-specific pose networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+class Precision(str, Enum):
+    """Arithmetic of the model."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Profile(str, Enum):
+    """Decoding and colours."""
+
+    standard = "standard"
+    posenfs = "posenfs"
+
+
+Run = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="A run folder of `pnfs train`, or a .safetensors file."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="coco=DIR, mpii=DIR, synthetic or synthetic=DIR. Default: what preset or run says.",
+    ),
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting, for example train.lr=5e-4; may be given several times.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda or cuda:N.")]
+
+
+def _plain_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors that the user can fix into one line and a status."""
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except PnfsError as error:
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.secho("interrupted", fg="red", err=True)
+            raise typer.Exit(130) from None
+
+    return guarded
+
+
+@app.command()
+@_plain_errors
+def demo(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where data, run and pictures go.")
+    ] = Path("runs/demo"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard an earlier demo in DIR.")
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Draw synthetic people, train on them, score on unseen ones, draw the results.
+
+    Takes minutes on two cores and needs no download.
+
+    Example: pnfs demo --out runs/demo
+    """
+    from pnfs.demo import run_demo
+
+    run_demo(out, overwrite=overwrite, device=device)
+
+
+@app.command()
+@_plain_errors
+def train(
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A preset, see README. Default: tiny.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A YAML configuration in place of a preset."),
+    ] = None,
+    data: Data = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="How α and β are found: none, random or sync (default)."),
+    ] = None,
+    settings: Override = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The run folder. Default: runs/ and the preset's name."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in DIR with its own configuration.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard the run that is in DIR.")
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Train a model; without options, the demo's data and preset.
+
+    Ctrl-C writes a checkpoint and leaves. Several processes: torchrun ... -m pnfs.train with the
+    same options.
+
+    Examples: pnfs train --preset ours-1 --data coco=/data/coco --out runs/a
+
+    pnfs train --resume --out runs/a --set train.epochs=300
+    """
+    from pnfs.commands import train_command
+
+    stopped_by = train_command(
+        preset=preset,
+        config_file=config,
+        data=data,
+        strategy=strategy,
+        settings=settings or [],
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+    )
+    if stopped_by is not None:
+        raise typer.Exit(130 if stopped_by == "SIGINT" else 143)
+
+
+@app.command(name="eval")
+@_plain_errors
+def evaluate(
+    run: Run,
+    data: Data = None,
+    boxes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="COCO detections to use. Default: the annotated boxes."),
+    ] = None,
+    profile: Annotated[
+        Profile | None, typer.Option(help="Decoding and colours. Default: the run's.")
+    ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option(
+            "--flip/--no-flip", help="Average with the mirrored image. Default: the run's."
+        ),
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic of the model.")] = Precision.fp32,
+    settings: Override = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write predictions, scores and text there."),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Score a model: COCO AP, or PCKh for MPII, with the definitions behind the figures.
+
+    Examples: pnfs eval runs/a --data coco=/data/coco --boxes detections.json
+
+    pnfs eval runs/a --profile posenfs --no-flip --out runs/a/eval
+    """
+    from pnfs.commands import eval_command
+
+    eval_command(
+        run,
+        data=data,
+        boxes=boxes,
+        profile=profile.value if profile else None,
+        flip=flip,
+        precision=precision.value,
+        settings=settings or [],
+        out=out,
+        device=device,
+    )
+
+
+@app.command()
+@_plain_errors
+def plot(
+    run: Run,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for the pictures. Default: the run's."),
+    ] = None,
+) -> None:
+    """Draw a run: the architecture of every part (SVG, PNG) and the training curves.
+
+    Example: pnfs plot runs/a
+    """
+    from pnfs.plotting import plot_run
+
+    for path in plot_run(run, out):
+        typer.echo(path)
+
+
+@app.command()
+@_plain_errors
+def info() -> None:
+    """Show versions, what was compiled and why not the rest, backends per op, and devices."""
+    from pnfs.info import print_info
+
+    print_info()
+
+
+def main(arguments: Sequence[str] | None = None) -> Any:
+    """Run the command line; `arguments` default to the process's own."""
+    return app(args=None if arguments is None else list(arguments), prog_name="pnfs")
+
+
+if __name__ == "__main__":
+    main()

@@ -105,7 +105,8 @@ def test_dtypes_and_shapes_are_those_of_the_contract(people: PeopleDataset):
     }
     assert dtypes == {
         "pixels": torch.uint8, "offsets": torch.int64, "sizes": torch.int32,
-        "matrices": torch.float32, "flips": torch.bool, "joints": torch.float32, "weights": torch.float32,
+        "matrices": torch.float32, "flips": torch.bool, "joints": torch.float32,
+        "weights": torch.float32,
         "to_image": torch.float64, "indices": torch.int64,
     }  # fmt: skip
     assert batch.offsets[0] == 0 and batch.pixels.numel() == (batch.sizes.prod(1) * 3).sum()

@@ -7,6 +7,9 @@ backend, or shows the reason when the backend was asked for by name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,7 @@ RUNS: Verdict = (True, "")
 
 # Codes of csrc/core/dtypes.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STORAGE = tuple(DTYPE_CODES)  # types that compiled kernels keep maps in
 
 
 def no(reason: str) -> Verdict:
@@ -41,6 +45,21 @@ def check_tensor(
     if dtypes and tensor.dtype not in dtypes:
         allowed = " or ".join(short_name(dtype) for dtype in dtypes)
         raise PnfsError(f"{name} must be {allowed}, not {short_name(tensor.dtype)}")
+
+
+def check_count(name: str, items: Sequence[Any], count: int, per: str) -> None:
+    """Raise unless the list `items` has `count` entries, one per `per`.
+
+    Raises:
+        PnfsError: names the argument and both numbers.
+    """
+    if len(items) != count:
+        raise PnfsError(f"{name} must have one entry per {per}, {count}, not {len(items)}")
+
+
+def named(**lists: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The tensors of several lists under the names that messages use: `means[0]`, ..."""
+    return {f"{name}[{i}]": item for name, items in lists.items() for i, item in enumerate(items)}
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -95,3 +114,20 @@ def all_of(*verdicts: Verdict) -> Verdict:
 def short_name(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+def as_stacked(x: Tensor) -> Tensor:
+    """`x` (P, N, C, H, W) in the layout of stacked feature maps: channels-last inside each part.
+
+    The parts may lie any distance apart, 0 for a map that all of them share. Copies only a tensor
+    that is laid out otherwise.
+    """
+    if all(part.is_contiguous(memory_format=torch.channels_last) for part in x[:1]):
+        return x
+    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+def empty_stacked(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised (P, N, C, H, W), channels-last inside, with dtype and device of `like`."""
+    p, n, c, h, w = shape
+    return torch.empty((p, n, h, w, c), dtype=like.dtype, device=like.device).permute(0, 1, 4, 2, 3)

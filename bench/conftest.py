@@ -1,0 +1,36 @@
+"""The fixture `measure`, and the results file at the end of the run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import pytest
+
+_results: list[harness.Result] = []
+_bandwidth = functools.cache(harness.copy_bandwidth)
+
+
+@pytest.fixture
+def measure(benchmark: Any) -> Callable[[harness.Case], harness.Result | None]:
+    """Call it with a `harness.Case`: checks the output, times it, records the result."""
+
+    def run(case: harness.Case) -> harness.Result | None:
+        result = harness.measure(case, benchmark, _bandwidth)
+        if result is not None:
+            _results.append(result)
+        return result
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not _results:
+        return
+    devices = {result.device for result in _results}
+    paths = harness.save(_results, {device: _bandwidth(device) for device in devices})
+    terminalreporter.section("results")
+    for line in [*harness.table(_results), *(f"written: {path}" for path in paths)]:
+        terminalreporter.write_line(line)

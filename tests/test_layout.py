@@ -19,7 +19,7 @@ PACKAGE = ROOT / "pnfs"
 ORDER = """
 errors skeleton topology config statefile runtime kernels info architecture operations fabric
 backbones head baselines model distributed costs pruning search data decode evaluation checkpoint
-compat runlog schedule steps train estimator plotting demo export cli
+compat runlog schedule steps train estimator plotting predict demo export cli
 """.split()
 
 # Files beside those of the ops.

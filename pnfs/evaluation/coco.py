@@ -74,32 +74,46 @@ def coco_results(
     visible_threshold: float = 0.2,
     nms_threshold: float = 0.9,
 ) -> list[dict[str, Any]]:
-    """Rescore, suppress near-duplicates in each image (OKS > `nms_threshold`), COCO results format.
-
-    The profiles differ in two habits of the programs they follow: among equal scores `standard`
-    takes the later candidate first and `posenfs` the earlier; and `posenfs` spares the candidate
-    after each removed one.
+    """Rescore, suppress near-duplicates (see `suppress`), COCO results format.
 
     Returns:
         One dict per kept pose: image_id, category_id 1, keypoints [x, y, score] × K, score. Ordered
         by image, then by descending score.
     """
-    n = len(candidates.image_ids)
-    if n == 0:
+    if len(candidates.image_ids) == 0:
         return []
+    scores = rescore(candidates.keypoints[..., 2], candidates.box_scores, visible_threshold)
+    rows = suppress(candidates, scores, skeleton, profile=profile, threshold=nms_threshold)
+    return results_format(candidates, scores, rows)
+
+
+def suppress(
+    candidates: Candidates,
+    scores: np.ndarray,
+    skeleton: Skeleton,
+    *,
+    profile: EvalProfile,
+    threshold: float,
+) -> np.ndarray:
+    """Rows that OKS-NMS at `threshold` keeps, by image and then by descending pose score (n,).
+
+    The profiles differ in two habits of the programs they follow: among equal scores `standard`
+    takes the later candidate first and `posenfs` the earlier; and `posenfs` spares the candidate
+    after each removed one.
+    """
+    n = len(candidates.image_ids)
     # oks_nms takes the first of equal scores first; a reversed list makes that the last one.
     order = np.arange(n) if profile == "posenfs" else np.arange(n)[::-1]
-    scores = rescore(candidates.keypoints[..., 2], candidates.box_scores, visible_threshold)
     keep = oks_nms(
         torch.from_numpy(candidates.keypoints[order].astype(np.float32)),
         torch.from_numpy(scores[order]),
-        torch.from_numpy(candidates.areas[order].astype(np.float32)),
-        torch.tensor(skeleton.oks_sigmas, dtype=torch.float32),
-        nms_threshold,
+        torch.from_numpy(candidates.areas[order].astype(np.float64)),
+        skeleton.oks_sigmas,
+        threshold,
         groups=torch.from_numpy(candidates.image_ids[order].astype(np.int64)),
         skip_after_removal=profile == "posenfs",
     )
-    return results_format(candidates, scores, order[keep.numpy()])
+    return order[keep.numpy()]
 
 
 def results_format(

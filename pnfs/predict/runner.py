@@ -55,14 +55,18 @@ class PredictReport:
 
     def summary(self) -> str:
         """What was done, in one line; counts what was left out."""
-        files = "1 drawing" if len(self.drawings) == 1 else f"{len(self.drawings)} drawings"
         left = ""
         if self.problems:
             left = f"; {len(self.problems)} left out, the first: {self.problems[0]}"
         return (
-            f"{self.poses} poses in {self.images} images; {files} and {self.results.name} in "
+            f"{_count(self.poses, 'pose')} in {_count(self.images, 'image')}; "
+            f"{_count(len(self.drawings), 'drawing')} and {self.results.name} in "
             f"{self.results.parent}{left}"
         )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def predict(
@@ -77,9 +81,10 @@ def predict(
 ) -> PredictReport:
     """Estimate, draw and write the poses of an image, of every image in a folder, or of a video.
 
-    Drawings are called like their image with `_poses` added; a video gives an MP4. Images are
-    turned as their EXIF orientation says, except with boxes of a COCO file, which refer to the
-    pixels as stored. Results also have the `file_name`.
+    Drawings are called like their image with `_poses` added; a video gives an MP4 (whose codec
+    wants even sides: an odd one loses its last pixel). Images are turned as their EXIF orientation
+    says, except with boxes of a COCO file, which refer to the pixels as stored. Results also have
+    the `file_name`.
 
     Args:
         estimator: the model.

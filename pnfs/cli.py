@@ -208,6 +208,56 @@ def evaluate(
 
 @app.command()
 @_plain_errors
+def predict(
+    run: Run,
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="An image, a folder of images, or a video.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where drawings and predictions.json go.")
+    ] = Path("predictions"),
+    boxes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Person boxes as JSON. Default: each whole image."),
+    ] = None,
+    box_threshold: Annotated[
+        float, typer.Option(metavar="SCORE", help="Leave out boxes with a lower score.")
+    ] = 0.0,
+    profile: Annotated[
+        Profile | None, typer.Option(help="Decoding and colours. Default: the run's.")
+    ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option(
+            "--flip/--no-flip", help="Average with the mirrored image. Default: the run's."
+        ),
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic of the model.")] = Precision.fp32,
+    device: Device = "auto",
+) -> None:
+    """Find poses in images or a video: drawings, and JSON in COCO's results format.
+
+    Examples: pnfs predict runs/a photo.jpg --boxes boxes.json --out poses
+
+    pnfs predict runs/a clip.mp4
+    """
+    from pnfs.commands import predict_command
+
+    predict_command(
+        run,
+        source,
+        out=out,
+        boxes=boxes,
+        box_threshold=box_threshold,
+        profile=profile.value if profile else None,
+        flip=flip,
+        precision=precision.value,
+        device=device,
+    )
+
+
+@app.command()
+@_plain_errors
 def plot(
     run: Run,
     out: Annotated[

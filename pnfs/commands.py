@@ -10,7 +10,9 @@ from pnfs.checkpoint import find_weights, load_model, read_metadata
 from pnfs.config import EvalProfile, Precision, load_config, override_config
 from pnfs.data import load_people
 from pnfs.errors import PnfsError, did_you_mean
+from pnfs.estimator import PoseEstimator
 from pnfs.evaluation import EvalResult, evaluate
+from pnfs.predict import PredictReport, predict
 from pnfs.runlog import run_config
 from pnfs.runtime import keep_heap, select_device
 from pnfs.train import train
@@ -116,3 +118,27 @@ def eval_command(
     if out is not None:
         result.write(out)
     return result
+
+
+def predict_command(
+    run: Path,
+    source: Path,
+    *,
+    out: Path,
+    boxes: Path | None,
+    box_threshold: float,
+    profile: EvalProfile | None,
+    flip: bool | None,
+    precision: Precision,
+    device: str,
+) -> PredictReport:
+    """`pnfs predict`: estimate, draw, write, and say what was done.
+
+    Raises:
+        PnfsError: no such run, nothing to read, unreadable boxes, an unwritable folder.
+    """
+    keep_heap()
+    estimator = PoseEstimator(run, device, precision=precision, flip=flip, profile=profile)
+    report = predict(estimator, source, out, boxes=boxes, box_threshold=box_threshold)
+    print(report.summary())
+    return report

@@ -28,7 +28,12 @@ INFRASTRUCTURE = {
     "pnfs/kernels/triton": {"__init__", "aot"},
     "csrc/cpu": {"cpu_module"},
     "csrc/cuda": {"cuda_module"},
-    "tests/kernels": {"test_registry", "test_triton_aot"},
+    "tests/kernels": {
+        "conftest",
+        "test_registry",
+        "test_triton_compile",
+        "test_triton_interpreter",
+    },
     "bench": {"conftest", "harness"},
 }
 WHOLE_SYSTEM_BENCHES = {"bench_train", "bench_predict"}

@@ -7,7 +7,6 @@ SimpleBaseline (Xiao et al., 2018, section 3), which the published PNFS code fol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -44,7 +43,8 @@ def decode_heatmaps(
         matrices: (N, 2, 3) float32 or float64: cell (x, y, 1) -> image pixel. Applied in float64.
         flipped: scores of the mirrored input, as `heatmaps`, or None.
         permutation: (K,) int64 tensor or sequence, keypoint k of a mirrored image is keypoint
-            `permutation[k]`; None is the identity. Without `flipped` it is not used.
+            `permutation[k]`; None is the identity. Without `flipped` it is not used. A tensor on
+            the device of `heatmaps` spares a copy per call.
         shift: average with the mirrored map moved one cell to the right (column 0 stays), as HRNet
             does.
 
@@ -77,21 +77,17 @@ def _permutation_tensor(
     permutation: Tensor | Sequence[int], k: int, device: torch.device
 ) -> Tensor:
     if not isinstance(permutation, Tensor):
-        return _cached_permutation(tuple(permutation), k, str(device))
+        indices = list(permutation)
+        if len(indices) != k:
+            raise PnfsError(f"permutation must have {k} indices, one per keypoint, not {indices}")
+        _check_indices(indices, k)
+        return torch.tensor(indices, dtype=torch.int64, device=device)
     checks.check_tensor("permutation", permutation, (k,), torch.int64)
-    # On a GPU the values stay unread: reading them would wait for the device. The kernel reads no
-    # memory outside the maps whatever they are.
+    # On a GPU the values stay unread: reading them would wait for the device. There the kernel
+    # reads nothing for a wrong index.
     if permutation.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_indices(permutation.tolist(), k)
     return permutation.contiguous()
-
-
-@lru_cache(maxsize=64)
-def _cached_permutation(permutation: tuple[int, ...], k: int, device: str) -> Tensor:
-    if len(permutation) != k:
-        raise PnfsError(f"permutation must have {k} indices, one per keypoint, not {permutation}")
-    _check_indices(list(permutation), k)
-    return torch.tensor(permutation, dtype=torch.int64, device=device)
 
 
 def _check_indices(indices: list[int], k: int) -> None:
@@ -103,7 +99,7 @@ def _check_indices(indices: list[int], k: int) -> None:
 def merge_flipped(
     heatmaps: Tensor, flipped: Tensor | None, permutation: Tensor | None, shift: bool
 ) -> Tensor:
-    """The average of a heatmap and the one of the mirrored input, (N, K, h, w), at least float32."""
+    """Heatmaps averaged with those of the mirrored input, (N, K, h, w), float32 or float64."""
     maps = heatmaps if heatmaps.dtype == torch.float64 else heatmaps.float()
     if flipped is None:
         return maps
@@ -146,9 +142,10 @@ def decode_heatmaps_reference(
 
 def _empty(heatmaps: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     n, k = heatmaps.shape[:2]
+    device = heatmaps.device
     return (
-        heatmaps.new_empty((n, k, 2), dtype=torch.float32),
-        heatmaps.new_empty((n, k), dtype=torch.float32),
+        torch.empty((n, k, 2), dtype=torch.float32, device=device),
+        torch.empty((n, k), dtype=torch.float32, device=device),
     )
 
 

@@ -112,7 +112,7 @@ def _oks_matrix(points: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def _walk_order(scores: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Indices by ascending group and descending score, and the sizes of the groups in that order."""
+    """Indices by ascending group, then descending score; and the sizes of the groups."""
     order = scores.argsort(descending=True, stable=True)
     if groups is None:
         return order, torch.full((1,), scores.numel(), device=scores.device)

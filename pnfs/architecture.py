@@ -1,7 +1,7 @@
 """Architecture parameters: α (micro, Eq. 1) and β (macro, Eq. 2) of all parts of a fabric.
 
-α has shape (P parts, E edges, O operations), β (P parts, cells, 3 inputs), both logits. One α serves all
-cells of a part; every cell has its own β row. They start at zero: uniform mixes.
+α has shape (P parts, E edges, O operations), β (P parts, cells, 3 inputs), both logits. One α
+serves all cells of a part; every cell has its own β row. They start at zero: uniform mixes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def mixing_weights(logits: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of each mix, softmax over the last axis. Shape: `logits` without its last axis."""
+    """Entropy in nats of each mix: softmax over the last axis, which the result lacks."""
     log_p = logits.log_softmax(dim=-1)
     return -(log_p.exp() * log_p).sum(dim=-1)
 

@@ -1,9 +1,9 @@
 """Checkpoints of others: the published PoseNFS state dicts, read into our `PoseNet`.
 
 The published code keeps one module per part, in its own order, with its own keypoint order inside a
-part; ours stacks the parts on a leading axis in Table I's order. Every published key is translated to
-one destination (our tensor, the part's index on its leading axis, a row order), or is known to be dead
-weight that no forward pass uses. Anything else is an error.
+part; ours stacks the parts on a leading axis in Table I's order. Every published key is translated
+to one destination (our tensor, the part's index on its leading axis, a row order), or is known to
+be dead weight that no forward pass uses. Anything else is an error.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ def load_posenfs(source: str | Path | Mapping[str, Tensor], config: ModelConfig)
     converted, dropped = convert_posenfs(state, model)
     model.load_state_dict(converted)
     if dropped:
-        log.info("dropped %d tensors that no forward pass uses: %s", len(dropped), ", ".join(dropped))
+        log.info(
+            "dropped %d tensors that no forward pass uses: %s", len(dropped), ", ".join(dropped)
+        )
     return model.eval()
 
 
@@ -152,8 +154,8 @@ def convert_posenfs(
             continue
         if target is None or (target.key, target.part) not in wanted:
             raise PnfsError(
-                f"checkpoint key '{key}' does not belong to this model; check model.backbone, parts "
-                "and fabric in the configuration"
+                f"checkpoint key '{key}' does not belong to this model; check model.backbone, "
+                "parts and fabric in the configuration"
             )
         value = _used_rows(tensor, target)
         destination = converted[target.key]
@@ -200,8 +202,8 @@ class _Translator:
         published = PUBLISHED_PARTS.get((config.skeleton, len(table)))
         if published is None or _as_sets(published) != _as_sets(table):
             raise PnfsError(
-                f"model.parts: no published checkpoint has these {len(table)} parts for {config.skeleton}; "
-                "use parts 1, 3, 5 or 8"
+                f"model.parts: no published checkpoint has these {len(table)} parts for "
+                f"{config.skeleton}; use parts 1, 3, 5 or 8"
             )
         ours = [frozenset(keypoints) for keypoints in table.values()]
         self.model = model
@@ -212,7 +214,9 @@ class _Translator:
             own_order = list(table.values())[self.part_of[name]]
             d = config.vector_dim
             self.head_rows[name] = tuple(
-                order.index(keypoint) * d + component for keypoint in own_order for component in range(d)
+                order.index(keypoint) * d + component
+                for keypoint in own_order
+                for component in range(d)
             )
 
     def __call__(self, key: str) -> Target | None:

@@ -7,6 +7,7 @@ nearest right name.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -23,7 +24,14 @@ Profile = Literal["paper", "posenfs"]
 EvalProfile = Literal["standard", "posenfs"]
 Precision = Literal["fp32", "bf16", "fp16"]
 BackboneName = Literal[
-    "mobilenet_v2", "resnet50", "resnet152", "hrnet_w32", "hrnet_w48", "fabric-1", "fabric-2", "fabric-3"
+    "mobilenet_v2",
+    "resnet50",
+    "resnet152",
+    "hrnet_w32",
+    "hrnet_w48",
+    "fabric-1",
+    "fabric-2",
+    "fabric-3",
 ]
 
 
@@ -46,7 +54,8 @@ class _Fabric(_Section):
         for name in value:
             if name not in OPERATIONS:
                 raise ValueError(
-                    f"operation '{name}' is unknown; use {', '.join(OPERATIONS)}{did_you_mean(name, OPERATIONS)}"
+                    f"operation '{name}' is unknown; use {', '.join(OPERATIONS)}"
+                    f"{did_you_mean(name, OPERATIONS)}"
                 )
         if not value or len(set(value)) != len(value):
             raise ValueError(f"{list(value)} must be distinct operations, at least one")
@@ -61,7 +70,9 @@ class FabricConfig(_Fabric):
     @model_validator(mode="after")
     def _cut_fits(self) -> FabricConfig:
         if self.cut >= self.layers:
-            raise ValueError(f"cut {self.cut} leaves none of {self.layers} layers; use a smaller cut")
+            raise ValueError(
+                f"cut {self.cut} leaves none of {self.layers} layers; use a smaller cut"
+            )
         return self
 
 
@@ -126,7 +137,9 @@ class ModelConfig(_Section):
         if isinstance(value, str):
             names = BackboneName.__args__  # type: ignore[attr-defined]
             if value not in names:
-                raise ValueError(f"'{value}' is unknown; use {', '.join(names)}{did_you_mean(value, names)}")
+                raise ValueError(
+                    f"'{value}' is unknown; use {', '.join(names)}{did_you_mean(value, names)}"
+                )
         elif isinstance(value, Mapping):
             return FabricBackboneConfig.model_validate(value)
         return value
@@ -134,11 +147,14 @@ class ModelConfig(_Section):
     @model_validator(mode="after")
     def _parts_and_family(self) -> ModelConfig:
         self.skeleton_table.resolve_parts(self.parts)
-        allowed = {"simplebaseline": ("resnet50", "resnet152"), "hrnet": ("hrnet_w32", "hrnet_w48")}.get(
-            self.family
-        )
+        allowed = {
+            "simplebaseline": ("resnet50", "resnet152"),
+            "hrnet": ("hrnet_w32", "hrnet_w48"),
+        }.get(self.family)
         if allowed and self.backbone not in allowed:
-            raise ValueError(f"family '{self.family}' needs backbone {' or '.join(allowed)}, not {self.backbone}")
+            raise ValueError(
+                f"family '{self.family}' needs backbone {' or '.join(allowed)}, not {self.backbone}"
+            )
         return self
 
     @property
@@ -158,7 +174,9 @@ class ModelConfig(_Section):
     @property
     def fabric_backbone(self) -> FabricBackboneConfig | None:
         """The fabric that serves as backbone, or None for the fixed networks."""
-        return FABRIC_BACKBONES.get(self.backbone) if isinstance(self.backbone, str) else self.backbone
+        return (
+            FABRIC_BACKBONES.get(self.backbone) if isinstance(self.backbone, str) else self.backbone
+        )
 
 
 class AugmentConfig(_Section):
@@ -236,7 +254,9 @@ class EvalConfig(_Section):
     flip: bool = True
     batch_size: int = Field(32, ge=1)
     oks_nms_threshold: float = Field(0.9, gt=0, le=1)
-    visible_threshold: float = Field(0.2, ge=0, lt=1)  # keypoint scores above it make the pose score
+    visible_threshold: float = Field(
+        0.2, ge=0, lt=1
+    )  # keypoint scores above it make the pose score
 
 
 class Config(_Section):
@@ -253,7 +273,11 @@ class Config(_Section):
 def list_presets() -> list[str]:
     """Names of the presets that ship with the package, sorted."""
     folder = resources.files("pnfs") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -275,7 +299,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         path = Path(source)
         if path.suffix not in (".yaml", ".yml") and not path.is_file():
             raise PnfsError(
-                f"preset '{name}' is unknown; presets are {', '.join(presets)}{did_you_mean(name, presets)}"
+                f"preset '{name}' is unknown; presets are {', '.join(presets)}"
+                f"{did_you_mean(name, presets)}"
             )
         try:
             text = path.read_text(encoding="utf-8")
@@ -325,16 +350,16 @@ def _parse_yaml(text: str, where: str) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
-        raise PnfsError(f"override '{override}': write section.key=value, for example train.lr=5e-4")
+        raise PnfsError(
+            f"override '{override}': write section.key=value, for example train.lr=5e-4"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise PnfsError(f"override '{override}': the value is not valid YAML") from None
     if isinstance(value, str):  # YAML reads 1e-3 as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     *sections, last = key.split(".")
     node = tree
     for section in sections:
@@ -347,16 +372,23 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _first_error(error: ValidationError) -> str:
     """The first problem in plain words: key, what is wrong, what is allowed."""
     problem = error.errors()[0]
-    path = [str(step) for step in problem["loc"] if not str(step).startswith(("function-", "literal["))]
+    path = [
+        str(step) for step in problem["loc"] if not str(step).startswith(("function-", "literal["))
+    ]
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
         allowed = list(_model_at(path[:-1]).model_fields)
-        return f"unknown key '{key}'; allowed here: {', '.join(allowed)}{did_you_mean(path[-1], allowed)}"
+        hint = did_you_mean(path[-1], allowed)
+        return f"unknown key '{key}'; allowed here: {', '.join(allowed)}{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     if not key or message.startswith((f"{key}:", f"{key}.")):
         return message
     given = problem.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and repr(given) not in message else ""
+    shown = (
+        f" (got {given!r})"
+        if isinstance(given, str | int | float | bool) and repr(given) not in message
+        else ""
+    )
     return f"{key}: {message}{shown}"
 
 

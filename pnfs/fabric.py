@@ -2,8 +2,9 @@
 
 Shapes: P parts, N batch, C channels of the cell, H W of its scale; `x_PNCHW`, channels-last inside.
 
-Profiles. `paper`: Eq. 1 and 2 as printed. `posenfs`, as the published code runs: the mixed operation is
-scaled by |O|, the input mix by 3 and passed through a ReLU, and downsampling has no ReLU of its own.
+Profiles. `paper`: Eq. 1 and 2 as printed. `posenfs`, as the published code runs: the mixed
+operation is scaled by |O|, the input mix by 3 and passed through a ReLU, and downsampling has no
+ReLU of its own.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def scale_transform(transform: str, parts: int, channels: int, profile: Profile)
 class MixedEdge(nn.Module):
     """One directed edge of a cell: the softmax(α)-weighted sum of all operations (Eq. 1)."""
 
-    def __init__(self, operations: tuple[str, ...], parts: int, channels: int, profile: Profile) -> None:
+    def __init__(
+        self, operations: tuple[str, ...], parts: int, channels: int, profile: Profile
+    ) -> None:
         super().__init__()
         self.names = operations
         self.scale = float(len(operations)) if profile == "posenfs" else 1.0
@@ -112,7 +115,7 @@ class Cell(nn.Module):
         return F.relu(total) if self.profile == "posenfs" else total
 
     def forward(self, features: Features, alpha_PEO: Tensor, beta_P3: Tensor) -> Tensor:
-        """Outputs of earlier cells, softmax(α) (P, E, O), this cell's softmax(β) (P, 3) → output node."""
+        """Earlier outputs, softmax(α) (P, E, O), this cell's softmax(β) (P, 3) → output node."""
         nodes = [self.input_node(features, beta_P3)]
         for target in range(1, self.hidden + 1):
             total: Tensor | None = None
@@ -156,10 +159,14 @@ class Fabric(nn.Module):
         self.reduce = nn.ModuleList()
         if in_channels is not None and in_channels[0] != topology.channels_at(0):
             self.reduce.extend(
-                PartConv2d(parts, channels, topology.channels_at(level), 1, bias=True, normalised=False)
+                PartConv2d(
+                    parts, channels, topology.channels_at(level), 1, bias=True, normalised=False
+                )
                 for level, channels in enumerate(in_channels)
             )
-        self.cells = nn.ModuleDict({row.name: Cell(row, topology, parts, profile) for row in topology.cells})
+        self.cells = nn.ModuleDict(
+            {row.name: Cell(row, topology, parts, profile) for row in topology.cells}
+        )
 
     def architecture_parameters(self) -> list[nn.Parameter]:
         return [self.alpha, self.beta]
@@ -168,7 +175,8 @@ class Fabric(nn.Module):
         """Shared input maps → outputs of the last layer's cells.
 
         Args:
-            inputs: the pyramid, (N, C_level, H / 2^level, W / 2^level) per level, or the stem's map alone.
+            inputs: the pyramid, (N, C_level, H / 2^level, W / 2^level) per level, or the stem's
+            map alone.
 
         Returns:
             Per level of the last layer (P, N, C, H, W), 1/4 first.
@@ -181,5 +189,7 @@ class Fabric(nn.Module):
             features[(self.topology.input_layer, level)] = x_PNCHW
         alpha, beta = mixing_weights(self.alpha), mixing_weights(self.beta)
         for row in self.topology.cells:
-            features[(row.layer, row.level)] = self.cells[row.name](features, alpha, beta[:, row.beta_row])
+            features[(row.layer, row.level)] = self.cells[row.name](
+                features, alpha, beta[:, row.beta_row]
+            )
         return tuple(features[(row.layer, row.level)] for row in self.topology.output_cells)

@@ -1,4 +1,4 @@
-"""PoseNet = backbone → P part-specific fabrics → vector in pixel (Fig. 3), and the model factory."""
+"""PoseNet = backbone → P part fabrics → vector in pixel (Fig. 3), and the model factory."""
 
 from __future__ import annotations
 
@@ -35,13 +35,16 @@ class PoseNet(nn.Module):
             cut=config.fabric.cut,
         )
         self.fabric = Fabric(
-            topology, len(part_table), profile=config.fabric.profile, in_channels=self.backbone.channels
+            topology,
+            len(part_table),
+            profile=config.fabric.profile,
+            in_channels=self.backbone.channels,
         )
         counts = [len(keypoints) for keypoints in part_table.values()]
         self.head = VectorHead(topology.channels_at(0), counts, config.vector_dim)
 
     def architecture_parameters(self) -> list[nn.Parameter]:
-        """α and β of the part fabrics, then of a fabric backbone. Found by identity, never by name."""
+        """α and β of the part fabrics, then of a fabric backbone, by identity."""
         fabrics = (module for module in self.modules() if isinstance(module, Fabric))
         ordered = sorted(fabrics, key=lambda fabric: fabric is not self.fabric)
         return [parameter for fabric in ordered for parameter in fabric.architecture_parameters()]
@@ -58,8 +61,8 @@ class PoseNet(nn.Module):
             images: (N, 3, H, W), normalised; H and W multiples of 32.
 
         Returns:
-            (N, K, H/4, W/4): squashed lengths in [0, 1) summed over the parts that predict a keypoint
-            (Eq. 5, 6); with d = 1 plain linear score maps.
+            (N, K, H/4, W/4): squashed lengths in [0, 1) summed over the parts that predict a
+            keypoint (Eq. 5, 6); with d = 1 plain linear score maps.
         """
         return merge_parts(
             self.vectors(images), self.config.part_table, self.config.skeleton_table.num_keypoints

@@ -1,8 +1,8 @@
 """Candidate operations of Eq. 1 and the layers they are made of, for P parts at once.
 
 Every weight carries the parts on its leading axis, and so does every feature map: `x_PNCHW` is
-(P parts, N batch, C channels, H, W), channels-last inside each part. Layers define what they do to one
-part (`forward_part`); `over_parts` walks the parts and stacks the results.
+(P parts, N batch, C channels, H, W), channels-last inside each part. Layers define what they do to
+one part (`forward_part`); `over_parts` walks the parts and stacks the results.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def over_parts(layers: Sequence[nn.Module], x_PNCHW: Tensor) -> Tensor:
 class PartConv2d(PartLayer):
     """P convolutions. weight (P, out, in / groups, k, k); bias (P, out) or none.
 
-    Weights start as N(0, gain / fan_in): gain 2 (He) before batch normalisation, where only gradients
-    feel it; the smaller gain of `torch.nn.Conv2d`'s default for a convolution that nothing normalises,
-    because the sums over inputs and operations enlarge its output from layer to layer.
+    Weights start as N(0, gain / fan_in): gain 2 (He) before batch normalisation, where only
+    gradients feel it; the smaller gain of `torch.nn.Conv2d`'s default for a convolution that
+    nothing normalises, because the sums over inputs and operations enlarge its output from layer
+    to layer.
     """
 
     def __init__(
@@ -83,7 +84,9 @@ class PartConv2d(PartLayer):
 
     def extra_repr(self) -> str:
         shape = tuple(self.weight.shape)
-        return f"weight={shape}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
+        return (
+            f"weight={shape}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
+        )
 
 
 class PartBatchNorm2d(PartLayer):
@@ -161,7 +164,8 @@ class Operation(nn.Sequential):
 _BUILDERS: dict[str, Callable[[int, int], list[nn.Module]]] = {
     "skip": lambda parts, channels: [],
     "separable": lambda parts, channels: (
-        depthwise_separable(parts, channels, dilation=1) + depthwise_separable(parts, channels, dilation=1)
+        depthwise_separable(parts, channels, dilation=1)
+        + depthwise_separable(parts, channels, dilation=1)
     ),
     "atrous": lambda parts, channels: depthwise_separable(parts, channels, dilation=2),
     "avg_pool": lambda parts, channels: _pool(_average_pool, parts, channels),
@@ -170,5 +174,5 @@ _BUILDERS: dict[str, Callable[[int, int], list[nn.Module]]] = {
 
 
 def build_operation(name: str, parts: int, channels: int) -> Operation | None:
-    """The candidate operation `name`; None for `zero`, whose output is 0 and which costs nothing."""
+    """The candidate operation `name`; None for `zero`, which is 0 and costs nothing."""
     return None if name == "zero" else Operation(*_BUILDERS[name](parts, channels))

@@ -1,4 +1,4 @@
-"""Keypoints, flips, limbs, OKS sigmas, PCKh groups and the body parts of Table I, for COCO and MPII.
+"""COCO and MPII: keypoints, flips, limbs, OKS sigmas, PCKh groups, body parts of Table I.
 
 Keypoint order is the paper's (footnote 3). COCO annotation files use the same order; MPII's use
 another one, so `Skeleton.file_order` says where each keypoint stands in the official files.
@@ -48,7 +48,7 @@ class Skeleton:
 
     @cached_property
     def flip_permutation(self) -> tuple[int, ...]:
-        """K indices: keypoint k of a mirrored image is keypoint `flip_permutation[k]` of the original."""
+        """K indices: keypoint k of a mirrored image is `flip_permutation[k]` of the original."""
         order = list(range(self.num_keypoints))
         for left, right in self.flip_pairs:
             order[left], order[right] = right, left
@@ -58,8 +58,8 @@ class Skeleton:
         """Table I's parts for P in {1, 3, 5, 8}, or a checked user-defined mapping.
 
         Raises:
-            PnfsError: unknown P, an index outside the skeleton or twice in a part, an empty part, or
-                a keypoint that no part predicts.
+            PnfsError: unknown P, an index outside the skeleton or twice in a part, an empty part,
+                or a keypoint that no part predicts.
         """
         if isinstance(parts, int):
             if parts not in self.part_table:

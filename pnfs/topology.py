@@ -1,12 +1,12 @@
 """The cell-and-edge table of a Cell-based Neural Fabric: the one place that knows adjacency.
 
-`build_topology` turns Θ = (layers L, channels C, hidden nodes H, operations O, which layers are kept)
-into rows: every cell with its three inputs *written out*, border copies included (Fig. 5, footnote 2).
-The forward pass, the pruner, the cost model, the plots and the JSON read this table; none derives
-adjacency again. Pure Python, no torch.
+`build_topology` turns Θ = (layers L, channels C, hidden nodes H, operations O, which layers are
+kept) into rows: every cell with its three inputs *written out*, border copies included (Fig. 5,
+footnote 2). The forward pass, the pruner, the cost model, the plots and the JSON read this table;
+none derives adjacency again. Pure Python, no torch.
 
-Conventions: `level` 0..3 is scale 1/4, 1/8, 1/16, 1/32; a cell at 1/s has s·C channels; layers count
-from 0 in the uncut fabric, so a cut-3 fabric of L = 6 has layers 3, 4, 5.
+Conventions: `level` 0..3 is scale 1/4, 1/8, 1/16, 1/32; a cell at 1/s has s·C channels; layers
+count from 0 in the uncut fabric, so a cut-3 fabric of L = 6 has layers 3, 4, 5.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class CellRow:
 
 @dataclass(frozen=True)
 class Edge:
-    """A directed edge h_source → h_target inside every cell; `alpha_row` is its row in α (Eq. 1)."""
+    """A directed edge h_source → h_target of every cell; `alpha_row` is its α row (Eq. 1)."""
 
     source: int
     target: int
@@ -88,7 +88,7 @@ class Topology:
 
     @property
     def from_stem(self) -> bool:
-        """True when the fabric starts at layer 0 and reads a stem, false when it reads a pyramid."""
+        """Whether the fabric starts at layer 0 and reads a stem, not a pyramid."""
         return self.first_layer == 0
 
     @property
@@ -120,7 +120,10 @@ def _cell_inputs(layer: int, level: int, available: int) -> tuple[CellInput, ...
             for slot in range(3)
         )
     inputs = [CellInput(0, (source_layer, level), "same", border_copy=False)]
-    neighbours: tuple[tuple[int, int, Transform], ...] = ((1, level - 1, "down"), (2, level + 1, "up"))
+    neighbours: tuple[tuple[int, int, Transform], ...] = (
+        (1, level - 1, "down"),
+        (2, level + 1, "up"),
+    )
     for slot, neighbour, transform in neighbours:
         if 0 <= neighbour < available:
             inputs.append(CellInput(slot, (source_layer, neighbour), transform, border_copy=False))
@@ -173,7 +176,13 @@ def build_topology(
             inputs = _cell_inputs(layer, level, available)
             assert len(inputs) == len(SLOTS)
             cells.append(
-                CellRow(layer, level, (4 << level) * channels, len(cells), (inputs[0], inputs[1], inputs[2]))
+                CellRow(
+                    layer,
+                    level,
+                    (4 << level) * channels,
+                    len(cells),
+                    (inputs[0], inputs[1], inputs[2]),
+                )
             )
     pairs = [(i, j) for j in range(1, hidden + 1) for i in range(j)]
     edges = tuple(Edge(i, j, row) for row, (i, j) in enumerate(pairs))

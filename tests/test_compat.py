@@ -1,4 +1,4 @@
-"""Published checkpoints load whole and reproduce the published figures: forward, loss, gradients."""
+"""Published checkpoints load whole and give the published figures, gradients included."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "fabric1_cnf8_mpii": {
         "skeleton": "mpii", "parts": 8, "backbone": "fabric-1", "vector_dim": 8,
-        "fabric": {"channels": 10, "hidden": 1, "operations": ("zero", "skip", "separable", "atrous")},
+        "fabric": {"channels": 10, "operations": ("zero", "skip", "separable", "atrous")},
     },
 }  # fmt: skip
 GAINS = {
@@ -104,12 +104,16 @@ def test_the_published_loss_and_every_gradient_are_reproduced(published, shared_
     for key, expected in data.items():
         if key.startswith("grad_f64/"):
             _close_to_maximum(gradients[key.removeprefix("grad_f64/")], expected, 1e-9)
-    reference = json.loads((shared_dir / "reference" / f"{TRAINED}.train.gradnorms.json").read_text())
-    norms = {k: norm for k, norm in reference["per_tensor_grad_norm_f64"].items() if norm is not None}
+    reference = json.loads(
+        (shared_dir / "reference" / f"{TRAINED}.train.gradnorms.json").read_text()
+    )
+    norms = {
+        k: norm for k, norm in reference["per_tensor_grad_norm_f64"].items() if norm is not None
+    }
     assert len(norms) == 462 - len(reference["none_grad"])
     scale = max(norms.values())
     for key, norm in norms.items():
-        # a bias before batch normalisation has gradient zero up to rounding: compare with the largest
+        # a bias before batch normalisation has gradient zero up to rounding: compare to the largest
         assert gradients[key].norm().item() == pytest.approx(norm, rel=1e-6, abs=1e-12 * scale), key
     statistics = _published_view(model, dict(model.named_buffers()), state)
     for key, expected in data.items():
@@ -118,8 +122,10 @@ def test_the_published_loss_and_every_gradient_are_reproduced(published, shared_
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_published_float32_gradients_are_reproduced_element_by_element(published, shared_dir, one_thread):
-    """On one thread: a sum in another order flips a ReLU at its kink and moves gradients by 5e-3."""
+def test_published_float32_gradients_are_reproduced_element_by_element(
+    published, shared_dir, one_thread
+):
+    """On one thread: sums in another order flip a ReLU at its kink and gradients by 5e-3."""
     state = published(TRAINED)
     model, loss = _train_step(state, shared_dir, torch.float32)
     data = _fixture(shared_dir, f"{TRAINED}.train")
@@ -139,10 +145,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def _train_step(state: dict[str, Tensor], shared_dir: Path, dtype: torch.dtype) -> tuple[PoseNet, float]:
+def _train_step(
+    state: dict[str, Tensor], shared_dir: Path, dtype: torch.dtype
+) -> tuple[PoseNet, float]:
     model = load_posenfs(state, _config(TRAINED)).to(dtype).train()
     data = _fixture(shared_dir, f"{TRAINED}.train")
-    loss = heatmap_loss(model(data["input"].to(dtype)), data["target"].to(dtype), data["weight"].to(dtype))
+    loss = heatmap_loss(
+        model(data["input"].to(dtype)), data["target"].to(dtype), data["weight"].to(dtype)
+    )
     loss.backward()
     return model, loss.item()
 
@@ -155,8 +165,10 @@ def _close_to_maximum(gradient: Tensor, expected: Tensor, bound: float) -> None:
 def _published_view(
     model: PoseNet, tensors: dict[str, Tensor | None], state: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Our tensors under their published names: translate the index of every element there and back."""
-    indices = {key: torch.arange(t.numel(), dtype=torch.float64).view(t.shape) for key, t in state.items()}
+    """Our tensors under published names: translate every element's index there and back."""
+    indices = {
+        key: torch.arange(t.numel(), dtype=torch.float64).view(t.shape) for key, t in state.items()
+    }
     offsets, start = {}, 0
     for key, tensor in indices.items():
         offsets[key] = start
@@ -195,12 +207,16 @@ def test_parts_and_keypoints_go_to_their_places(published):
     assert parts[3] == "thigh" and model.config.part_table["thigh"] == (9, 10, 15)
     bias = state["hips_part.final_layer.1.bias"]
     assert torch.equal(model.head.convs[3].bias, bias[[1, 2, 0]])
-    assert torch.equal(model.fabric.alpha[parts.index("left_lower_arm")], state["left_arm_part.alphas"][:1])
-    assert torch.equal(model.fabric.reduce[1].weight[parts.index("lower_limb")], state["reduce.2.1.weight"])
+    assert torch.equal(
+        model.fabric.alpha[parts.index("left_lower_arm")], state["left_arm_part.alphas"][:1]
+    )
+    assert torch.equal(
+        model.fabric.reduce[1].weight[parts.index("lower_limb")], state["reduce.2.1.weight"]
+    )
 
 
 def _with_second_input_node(state: dict[str, Tensor], hidden: int) -> dict[str, Tensor]:
-    """The form of the released files: further rows of alphas, and weights for edges that nothing uses."""
+    """As released: further rows of alphas, and weights for edges that nothing uses."""
     wide = dict(state)
     edges = hidden * (hidden + 1) // 2
     for key, tensor in state.items():
@@ -208,8 +224,8 @@ def _with_second_input_node(state: dict[str, Tensor], hidden: int) -> dict[str, 
             wide[key] = torch.cat([tensor, torch.randn(hidden, tensor.shape[1])])
         if ".cell_arch.0." in key:
             for extra in range(hidden):
-                wide[key.replace(".cell_arch.0.", f".cell_arch.{edges + extra}.")] = torch.randn_like(
-                    tensor.float()
+                wide[key.replace(".cell_arch.0.", f".cell_arch.{edges + extra}.")] = (
+                    torch.randn_like(tensor.float())
                 )
     return wide
 
@@ -219,7 +235,11 @@ def test_released_files_with_a_second_input_node_load_alike(published, name, tmp
     state = published(name)
     plain = load_posenfs(state, _config(name))
     wide = _with_second_input_node(state, MODELS[name]["fabric"]["hidden"])
-    released = {"model": {f"module.{k}": v for k, v in wide.items()}, "epoch": 3, "best_result": 0.7}
+    released = {
+        "model": {f"module.{k}": v for k, v in wide.items()},
+        "epoch": 3,
+        "best_result": 0.7,
+    }
     torch.save(released, tmp_path / "released.tar")
     model = load_posenfs(tmp_path / "released.tar", _config(name))
     for ours, theirs in zip(plain.state_dict().values(), model.state_dict().values(), strict=True):
@@ -230,9 +250,18 @@ def test_released_files_with_a_second_input_node_load_alike(published, name, tmp
     ("change", "words"),
     [
         (lambda s: s.pop("head_part.betas"), "lacks 1 tensors.*fabric.beta.*'head'"),
-        (lambda s: s.update({"head_part.gammas": torch.zeros(1)}), "'head_part.gammas' does not belong"),
-        (lambda s: s.update({"torso_part.alphas": torch.zeros(1, 3)}), "'torso_part.alphas' does not"),
-        (lambda s: s.update({"head_part.alphas": torch.zeros(4, 3)}), r"'head_part.alphas' has shape \(4, 3\)"),
+        (
+            lambda s: s.update({"head_part.gammas": torch.zeros(1)}),
+            "'head_part.gammas' does not belong",
+        ),
+        (
+            lambda s: s.update({"torso_part.alphas": torch.zeros(1, 3)}),
+            "'torso_part.alphas' does not",
+        ),
+        (
+            lambda s: s.update({"head_part.alphas": torch.zeros(4, 3)}),
+            r"'head_part.alphas' has shape \(4, 3\)",
+        ),
         (lambda s: s.update({"head_part.alphas": torch.zeros(1, 4)}), "check channels, hidden"),
     ],
 )

@@ -43,8 +43,14 @@ def test_a_config_is_frozen():
         ("trian.lr=1", r"unknown key 'trian'.*did you mean 'train'"),
         ("train.lr=abc", r"train.lr: .*number.*'abc'"),
         ("train.batch_size=0", r"train.batch_size: .*greater.*got 0"),
-        ("model.backbone=mobilnet_v2", r"model.backbone: 'mobilnet_v2'.*did you mean 'mobilenet_v2'"),
-        ("model.backbone={layers: 8, reserve: 5, chanels: 3}", r"model.backbone.chanels.*'channels'"),
+        (
+            "model.backbone=mobilnet_v2",
+            r"model.backbone: 'mobilnet_v2'.*did you mean 'mobilenet_v2'",
+        ),
+        (
+            "model.backbone={layers: 8, reserve: 5, chanels: 3}",
+            r"model.backbone.chanels.*'channels'",
+        ),
         ("model.backbone={layers: 8, reserve: 7}", r"model.backbone: reserve 7"),
         ("model.input_size=[100, 64]", r"model.input_size: .*multiples of 32"),
         ("model.parts=4", r"model.parts: 4 is not in Table I"),

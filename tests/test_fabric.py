@@ -1,4 +1,4 @@
-"""Fabrics: the stacked one equals P separate ones, profiles follow their equations, gradients flow."""
+"""Fabrics: stacked equals separate, profiles follow their equations, gradients flow."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from pnfs.topology import build_topology
 CHANNELS = (24, 32, 96, 160)
 
 
-def _fabric(parts: int, *, hidden: int = 1, profile: str = "posenfs", operations=OPERATIONS) -> Fabric:
+def _fabric(
+    parts: int, *, hidden: int = 1, profile: str = "posenfs", operations=OPERATIONS
+) -> Fabric:
     topology = build_topology(layers=6, channels=2, hidden=hidden, operations=operations, cut=3)
-    fabric = Fabric(topology, parts, profile=profile, in_channels=CHANNELS)  # type: ignore[arg-type]
+    fabric = Fabric(topology, parts, profile=profile, in_channels=CHANNELS)
     randomize_(fabric.architecture_parameters(), seed=1)
     return fabric
 
@@ -29,7 +31,9 @@ def _pyramid(batch: int = 2, height: int = 16, width: int = 8) -> tuple[torch.Te
 
 def _take_part(stacked: Fabric, part: int, **kwargs: object) -> Fabric:
     single = _fabric(1, **kwargs)  # type: ignore[arg-type]
-    single.load_state_dict({key: tensor[part : part + 1] for key, tensor in stacked.state_dict().items()})
+    single.load_state_dict(
+        {key: tensor[part : part + 1] for key, tensor in stacked.state_dict().items()}
+    )
     return single
 
 
@@ -39,7 +43,9 @@ def _take_part(stacked: Fabric, part: int, **kwargs: object) -> Fabric:
 )
 def test_the_stacked_fabric_equals_separate_fabrics(parts, training, profile):
     stacked = _fabric(parts, hidden=2, profile=profile).train(training)
-    separate = [_take_part(stacked, p, hidden=2, profile=profile).train(training) for p in range(parts)]
+    separate = [
+        _take_part(stacked, p, hidden=2, profile=profile).train(training) for p in range(parts)
+    ]
     pyramid = _pyramid()
     (together,) = stacked(pyramid)
     apart = torch.cat([fabric(pyramid)[0] for fabric in separate])
@@ -61,7 +67,9 @@ def test_gradients_of_the_stacked_fabric_equal_those_of_separate_fabrics():
         assert (parameter.grad is None) == (alone[0] is None)
         if parameter.grad is not None:
             scale = parameter.grad.abs().max().clamp_min(1e-6)
-            torch.testing.assert_close(parameter.grad / scale, torch.cat(alone) / scale, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                parameter.grad / scale, torch.cat(alone) / scale, rtol=0, atol=1e-5
+            )
 
 
 def test_the_posenfs_profile_scales_the_mixes_and_the_papers_does_not():
@@ -114,12 +122,16 @@ def test_alpha_and_beta_start_uniform_and_random_ones_follow_the_seed():
     topology = build_topology(layers=6, channels=2, hidden=1, operations=OPERATIONS, cut=3)
     fabric = Fabric(topology, 3, in_channels=CHANNELS)
     assert fabric.alpha.shape == (3, 1, 6) and fabric.beta.shape == (3, 6, 3)
-    torch.testing.assert_close(entropy(fabric.alpha), torch.full((3, 1), torch.tensor(6.0).log().item()))
+    torch.testing.assert_close(
+        entropy(fabric.alpha), torch.full((3, 1), torch.tensor(6.0).log().item())
+    )
     before = [id(p) for p in fabric.architecture_parameters()]
     randomize_(fabric.architecture_parameters(), seed=3)
     first = fabric.alpha.detach().clone()
     randomize_(fabric.architecture_parameters(), seed=3)
-    assert torch.equal(first, fabric.alpha) and before == [id(p) for p in fabric.architecture_parameters()]
+    assert torch.equal(first, fabric.alpha) and before == [
+        id(p) for p in fabric.architecture_parameters()
+    ]
     randomize_(fabric.architecture_parameters(), seed=4)
     assert not torch.equal(first, fabric.alpha)
 

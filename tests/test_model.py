@@ -20,15 +20,19 @@ def test_scores_have_one_map_per_keypoint_at_a_quarter_of_the_input(parts, vecto
     images = torch.randn(2, 3, 64, 32)
     vectors = model.vectors(images)
     table = model.config.part_table
-    assert [tuple(v.shape) for v in vectors] == [(2, len(ks), vector_dim, 16, 8) for ks in table.values()]
+    assert [tuple(v.shape) for v in vectors] == [
+        (2, len(ks), vector_dim, 16, 8) for ks in table.values()
+    ]
     scores = model(images)
     assert scores.shape == (2, 17, 16, 8)
     if vector_dim > 1 and parts in (1, 3):  # every keypoint in one part
-        assert 0 <= scores.min() and scores.max() < 1
+        assert scores.min() >= 0 and scores.max() < 1
 
 
 def test_every_parameter_gets_a_gradient():
-    model = _model("tiny", "model.backbone.operations=[zero, skip, separable, atrous, avg_pool, max_pool]")
+    model = _model(
+        "tiny", "model.backbone.operations=[zero, skip, separable, atrous, avg_pool, max_pool]"
+    )
     joints = torch.rand(2, 17, 2) * 32
     pose_loss(model, torch.randn(2, 3, 64, 32), joints, torch.ones(2, 17), sigma=2.0).backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -37,7 +41,12 @@ def test_every_parameter_gets_a_gradient():
 
 def test_architecture_parameters_are_those_of_the_parts_then_of_a_fabric_backbone():
     model = _model()
-    wanted = [model.fabric.alpha, model.fabric.beta, model.backbone.fabric.alpha, model.backbone.fabric.beta]
+    wanted = [
+        model.fabric.alpha,
+        model.fabric.beta,
+        model.backbone.fabric.alpha,
+        model.backbone.fabric.beta,
+    ]
     assert [id(p) for p in model.architecture_parameters()] == [id(p) for p in wanted]
 
 

@@ -20,7 +20,9 @@ def test_a_skeleton_is_consistent(name):
     flip = skeleton.flip_permutation
     assert all(flip[flip[k]] == k for k in range(count))
     for left, right in skeleton.flip_pairs:
-        assert skeleton.keypoints[left].removeprefix("left") == skeleton.keypoints[right].removeprefix("right")
+        assert skeleton.keypoints[left].removeprefix("left") == skeleton.keypoints[
+            right
+        ].removeprefix("right")
     for parts in skeleton.part_table.values():
         assert set().union(*parts.values()) == set(range(count))
     for a, b in skeleton.limbs:
@@ -41,7 +43,12 @@ def test_parts_are_given_by_number_or_by_mapping():
 
 @pytest.mark.parametrize(
     ("parts", "words"),
-    [(4, "Table I"), ({"a": [0, 0]}, "distinct"), ({"a": [17]}, "0..16"), ({"a": [0]}, "no part predicts")],
+    [
+        (4, "Table I"),
+        ({"a": [0, 0]}, "distinct"),
+        ({"a": [17]}, "0..16"),
+        ({"a": [0]}, "no part predicts"),
+    ],
 )
 def test_bad_parts_are_refused_in_one_line(parts, words):
     with pytest.raises(PnfsError, match=words):
@@ -51,6 +58,8 @@ def test_bad_parts_are_refused_in_one_line(parts, words):
 def test_published_parts_are_the_reference_lists_and_the_sets_of_table_i(shared_dir):
     reference = json.loads((shared_dir / "reference" / "parts.json").read_text())
     for (dataset, count), parts in PUBLISHED_PARTS.items():
-        assert list(reference[f"{dataset} P={count}"].items()) == [(n, list(k)) for n, k in parts.items()]
+        assert list(reference[f"{dataset} P={count}"].items()) == [
+            (n, list(k)) for n, k in parts.items()
+        ]
         table = get_skeleton(dataset).resolve_parts(count)
         assert {frozenset(k) for k in parts.values()} == {frozenset(k) for k in table.values()}

@@ -13,7 +13,9 @@ OPERATIONS = ("zero", "skip", "separable", "atrous")
 
 
 def _topology(**theta: int) -> Topology:
-    return build_topology(**{"layers": 6, "channels": 16, "hidden": 1, **theta}, operations=OPERATIONS)
+    return build_topology(
+        **{"layers": 6, "channels": 16, "hidden": 1, **theta}, operations=OPERATIONS
+    )
 
 
 def test_cut_fabric_of_the_paper_has_layers_of_three_two_and_one_cells():
@@ -75,12 +77,16 @@ def test_every_input_exists_and_has_the_channels_that_its_transform_needs():
             for source in row.inputs:
                 assert source.source in known
                 assert source.source[0] == row.layer - 1
-                assert table.channels_at(source.source[1]) * factor[source.transform] == row.channels
+                assert (
+                    table.channels_at(source.source[1]) * factor[source.transform] == row.channels
+                )
         for layer in range(table.first_layer, table.last_layer + 1):
             assert sum(r.layer == layer for r in table.cells) == cells_in_layer(layer, layers)
 
 
-@pytest.mark.parametrize("theta", [{"channels": 0}, {"hidden": 0}, {"layers": 3, "cut": 3}, {"reserve": 9}])
+@pytest.mark.parametrize(
+    "theta", [{"channels": 0}, {"hidden": 0}, {"layers": 3, "cut": 3}, {"reserve": 9}]
+)
 def test_an_impossible_fabric_is_refused_in_one_line(theta):
     with pytest.raises(PnfsError, match="fabric") as error:
         _topology(**theta)

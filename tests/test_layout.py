@@ -19,14 +19,14 @@ PACKAGE = ROOT / "pnfs"
 ORDER = """
 errors skeleton topology config statefile runtime kernels info architecture operations fabric
 backbones head baselines model distributed costs pruning search data decode evaluation checkpoint
-compat runlog schedule steps train estimator plotting predict demo export cli
+compat runlog schedule steps train estimator plotting predict demo export commands cli
 """.split()
 
 # Files beside those of the ops.
 INFRASTRUCTURE = {
     "pnfs/kernels": {"__init__", "registry", "checks", "native"},
     "pnfs/kernels/triton": {"__init__", "aot"},
-    "csrc/cpu": {"cpu_module"},
+    "csrc/cpu": {"cpu_module", "isa"},
     "csrc/cuda": {"cuda_module"},
     "tests/kernels": {
         "conftest",
@@ -37,7 +37,7 @@ INFRASTRUCTURE = {
     "bench": {"conftest", "harness"},
 }
 WHOLE_SYSTEM_BENCHES = {"bench_train", "bench_predict"}
-VARIANTS = ("_avx512", "_avx2")  # of one op's source, by instruction set
+VARIANTS = ("_avx512", "_avx2", "_portable")  # of one op's source, by instruction set
 
 
 def stems(folder: str, suffixes: tuple[str, ...]) -> set[str]:

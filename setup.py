@@ -11,8 +11,9 @@ Environment:
     PNFS_CUDA_ARCHS  such as "80;90+PTX"; default: those of the visible GPUs, else "80;90+PTX".
     MAX_JOBS         compiler processes at a time; default: ninja's.
 
-Sources named *_avx512.cpp and *_avx2.cpp are compiled for x86-64-v4 and x86-64-v3 whatever
-PNFS_MARCH says, for kernels that choose at run time; they hold nothing that other files include.
+Sources named *_avx512.cpp, *_avx2.cpp and *_portable.cpp are compiled for x86-64-v4, x86-64-v3 and
+x86-64 whatever PNFS_MARCH says, for kernels that choose at run time. Elsewhere than on x86-64 the
+first two are left out and the third gets the compiler's own default.
 
 Objects are kept in build/, so a second build compiles only what changed.
 """
@@ -38,7 +39,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 RECORD = "_build_info.json"
-VARIANTS = {"avx512": "x86-64-v4", "avx2": "x86-64-v3"}
+VARIANTS = {"avx512": "x86-64-v4", "avx2": "x86-64-v3", "portable": "x86-64"}
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 
 
@@ -162,10 +163,13 @@ def cpu_objects(work: Path, record: Module) -> tuple[list[Object], list[str]]:
     python = pybind11_flags(work)
     objects = []
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-        variant = VARIANTS.get(source.stem.rpartition("_")[2])
-        if variant and platform.machine() not in ("x86_64", "AMD64"):
-            continue
-        arch = [f"-march={name}"] if (name := variant or march) else []
+        variant = source.stem.rpartition("_")[2]
+        target = VARIANTS.get(variant, march)
+        if variant in VARIANTS and platform.machine() not in ("x86_64", "AMD64"):
+            if variant != "portable":
+                continue
+            target = ""
+        arch = [f"-march={target}"] if target else []
         is_module = source.name == "cpu_module.cpp"
         objects.append(Object(source, [*base, *arch, *(python if is_module else [])]))
     # No -fopenmp here: the module takes the OpenMP runtime that torch has loaded, see

@@ -21,7 +21,7 @@ PNFS_HOST_DEVICE inline bool oks_exceeds(const double* a, const double* b, doubl
   for (int64_t i = 0; i < k; ++i) {
     const double dx = a[2 * i] - b[2 * i], dy = a[2 * i + 1] - b[2 * i + 1];
     const double width = 2 * sigmas[i];
-    const double exponent = (dx * dx + dy * dy) / (width * width) / (area + kOksEps) / 2;
+    const double exponent = (dx * dx + dy * dy) / (width * width * (2 * (area + kOksEps)));
     if (!(exponent > 746)) sum += exp(-exponent);  // exp(-746) is 0 in float64
     if (sum + static_cast<double>(k - 1 - i) < needed) return false;
   }

@@ -71,4 +71,25 @@ inline FloatLanes load_lanes(const Float16* address) {
   return as_floats(result | (bits & 0x8000u) << 16);
 }
 
+inline WordLanes as_words(FloatLanes v) {
+  WordLanes bits;
+  std::memcpy(&bits, &v, sizeof v);
+  return bits;
+}
+
+// Sixteen adjacent elements of storage, rounded as from_float does.
+inline void store_lanes(float* address, FloatLanes v) { std::memcpy(address, &v, sizeof v); }
+
+inline void store_lanes(BFloat16* address, FloatLanes v) {
+  const WordLanes bits = as_words(v);
+  const WordLanes rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const WordLanes result = (bits & 0x7fffffffu) > 0x7f800000u ? WordLanes{} + 0x7fc0u : rounded;
+  const HalfWordLanes words = __builtin_convertvector(result, HalfWordLanes);
+  std::memcpy(address, &words, sizeof words);
+}
+
+inline void store_lanes(Float16* address, FloatLanes v) {
+  for (int lane = 0; lane < kLanes; ++lane) address[lane] = from_float<Float16>(v[lane]);
+}
+
 }  // namespace pnfs

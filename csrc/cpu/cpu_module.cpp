@@ -29,7 +29,13 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("max_threads", &max_threads, "Threads that a parallel region of this thread gets.");
 #define PNFS_DEF(name) \
   module.def(#name, &pnfs::name, pybind11::call_guard<pybind11::gil_scoped_release>())
+  PNFS_DEF(batch_stats);
+  PNFS_DEF(batch_stats_backward);
   PNFS_DEF(crop_normalize);
   PNFS_DEF(decode_heatmaps);
+  PNFS_DEF(mixed_sum);
+  PNFS_DEF(mixed_sum_backward);
   PNFS_DEF(oks_nms);
+  PNFS_DEF(scale_mix);
+  PNFS_DEF(scale_mix_backward);
 }

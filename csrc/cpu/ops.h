@@ -6,10 +6,13 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 namespace pnfs {
 
 using Address = std::uintptr_t;
+using Addresses = std::vector<Address>;
+using Integers = std::vector<std::int64_t>;
 
 // Contiguous arrays; `bytes` is the length of `pixels`. See pnfs/kernels/crop_normalize.py.
 // Throws std::out_of_range when a crop does not lie within `pixels`.
@@ -30,5 +33,40 @@ void decode_heatmaps(Address heatmaps, const std::array<std::int64_t, 4>& stride
 std::int64_t oks_nms(Address points, Address scores, Address areas, Address sigmas, Address groups,
                      Address keep, std::int64_t n, std::int64_t k, double threshold,
                      bool skip_after_removal);
+
+// Stacked maps, channels-last inside a part; `size` is P, pixels of a part, C, and parts lie
+// `part_stride` elements apart. Small tensors are contiguous float32. Of `maps`, the first has no
+// statistics where there is one more than `means`. See pnfs/kernels/mixed_sum.py.
+void mixed_sum(const Addresses& maps, const Integers& part_strides, const Addresses& means,
+               const Addresses& variances, Address weights, const Integers& relu, double eps,
+               Address out, const std::array<std::int64_t, 3>& size, int dtype);
+
+// `g_maps` are without gaps; `g_means` and `g_variances` are (terms with statistics, P, C).
+void mixed_sum_backward(Address g, std::int64_t g_part_stride, const Addresses& maps,
+                        const Integers& part_strides, const Addresses& means,
+                        const Addresses& variances, Address weights, const Integers& relu,
+                        double eps, const Addresses& g_maps, Address g_means, Address g_variances,
+                        Address g_weights, const std::array<std::int64_t, 3>& size, int dtype);
+
+// As mixed_sum; `size` is P, N, C, H, W of the output, `norms` are means, variances, gammas and
+// betas of the sources that are not "same". See pnfs/kernels/scale_mix.py.
+void scale_mix(const Addresses& sources, const Integers& part_strides, const Integers& transforms,
+               const std::array<Addresses, 4>& norms, Address weights, bool relu, bool down_relu,
+               double eps, Address out, const std::array<std::int64_t, 5>& size, int dtype);
+
+// `h` is the output; `g_norms` are (terms with statistics, P, C) each, in the order of `norms`.
+void scale_mix_backward(Address g, std::int64_t g_part_stride, Address h, const Addresses& sources,
+                        const Integers& part_strides, const Integers& transforms,
+                        const std::array<Addresses, 4>& norms, Address weights, bool relu,
+                        bool down_relu, double eps, const Addresses& g_sources,
+                        const std::array<Address, 4>& g_norms, Address g_weights,
+                        const std::array<std::int64_t, 5>& size, int dtype);
+
+// As mixed_sum; mean and variance are (P, C). See pnfs/kernels/batch_stats.py.
+void batch_stats(Address x, std::int64_t part_stride, Address mean, Address variance,
+                 const std::array<std::int64_t, 3>& size, int dtype);
+void batch_stats_backward(Address x, std::int64_t part_stride, Address mean, Address g_mean,
+                          Address g_variance, Address gx, const std::array<std::int64_t, 3>& size,
+                          int dtype);
 
 }  // namespace pnfs

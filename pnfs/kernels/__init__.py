@@ -6,18 +6,24 @@ with kernels.use_backend("torch"):   # "auto" | "torch" | "cpp" | "triton" | "cu
 print(kernels.explain())
 """
 
+from pnfs.kernels.batch_stats import batch_stats
 from pnfs.kernels.crop_normalize import crop_normalize
 from pnfs.kernels.decode_heatmaps import decode_heatmaps
+from pnfs.kernels.mixed_sum import mixed_sum
 from pnfs.kernels.oks_nms import oks_matrix, oks_nms
 from pnfs.kernels.registry import dispatch, explain, ops, use_backend
+from pnfs.kernels.scale_mix import scale_mix
 
 __all__ = [
+    "batch_stats",
     "crop_normalize",
     "decode_heatmaps",
     "dispatch",
     "explain",
+    "mixed_sum",
     "oks_matrix",
     "oks_nms",
     "ops",
+    "scale_mix",
     "use_backend",
 ]

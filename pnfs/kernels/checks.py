@@ -131,3 +131,8 @@ def empty_stacked(shape: Sequence[int], like: Tensor) -> Tensor:
     """An uninitialised (P, N, C, H, W), channels-last inside, with dtype and device of `like`."""
     p, n, c, h, w = shape
     return torch.empty((p, n, h, w, c), dtype=like.dtype, device=like.device).permute(0, 1, 4, 2, 3)
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where the tensors' data lie, as compiled functions take them."""
+    return [tensor.data_ptr() for tensor in tensors]

@@ -1,0 +1,59 @@
+"""What the tests of differentiable ops share: gradients, comparison, and two ways to find reads of
+memory that nobody wrote and sums whose order depends on threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def value_and_gradients(
+    call: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], seed: int = 0
+) -> list[Tensor]:
+    """`call(*inputs)`, then the gradients of a random, smooth weighting of its results."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    results = call(*leaves)
+    outputs = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(seed)
+    # Multiples of 1/8: equal in every dtype.
+    weights = [
+        torch.randint(-16, 17, out.shape, generator=generator).to(out) / 8 for out in outputs
+    ]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, weights)]
+
+
+def error_of(have: Tensor, want: Tensor) -> float:
+    """Largest |have - want| over the largest |want|, or over 1 where that is smaller."""
+    assert have.shape == want.shape
+    if not have.numel():
+        return 0.0
+    have, want = have.detach().double().cpu(), want.detach().double().cpu()
+    assert torch.equal(have.isfinite(), want.isfinite())
+    have, want = have.nan_to_num(0, 0, 0), want.nan_to_num(0, 0, 0)
+    return float((have - want).abs().max() / want.abs().max().clamp(min=1))
+
+
+@contextmanager
+def memory_filled_with_nan() -> Iterator[None]:
+    """Inside, uninitialised tensors hold NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def results_by_threads(call: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
+    """The results with 1, 2, 3 and again 1 thread."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            results.append(call())
+    finally:
+        torch.set_num_threads(before)
+    return results

@@ -199,6 +199,8 @@ void decode_keypoint_lanes(const Problem& p, const T* heatmaps, const T* flipped
       FloatLanes low = {}, high = {};
       if (kFlip) {
         const T* other = b + y * p.flip_stride[2] + p.flip_column(x) * p.flip_stride[3];
+        // The walk runs against the memory of `b`, which the hardware does not foresee.
+        __builtin_prefetch(b + (y + 1) * p.flip_stride[2] + x * p.flip_stride[3]);
         low = load_lanes(other);
         high = kGroups == 2 ? load_lanes(other + second) : low;
       }

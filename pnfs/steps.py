@@ -109,12 +109,30 @@ class Stepper:
         """Exchange gradients (and BN statistics if asked) with the other processes from now on."""
         if distributed.world() == 1:
             return
+        self._freeze_unused()
         synchronized = self.config.train.sync_batch_norm
         if synchronized:
             distributed.synchronize_batch_norm(self.model)
         self.loss_module = DistributedDataParallel(
             self.loss_module, broadcast_buffers=not synchronized, gradient_as_bucket_view=True
         )
+
+    def _freeze_unused(self) -> None:
+        """Take parameters that the loss does not depend on out of training.
+
+        DistributedDataParallel waits for the gradient of every parameter, so the backward pass would
+        never end with, say, a level of the pyramid that a cut fabric does not read.
+        """
+        keypoints = self.config.model.skeleton_table.num_keypoints
+        images = torch.zeros(2, 3, *self.config.model.input_size, device=self.device)
+        joints = torch.zeros(2, keypoints, 2, device=self.device)
+        loss = self.loss_module(images, joints, torch.ones(2, keypoints, device=self.device))
+        trained = [parameter for parameter in self.trained if parameter.requires_grad]
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        torch._foreach_copy_(self.buffers, self.buffers_before)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            if gradient is None:
+                parameter.requires_grad_(False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}

@@ -1,0 +1,47 @@
+"""Small training runs for tests: a few drawn people, a model of some thousand parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pnfs.checkpoint import list_checkpoints
+from pnfs.config import Config, load_config
+
+TIMES = {"images_per_second", "data_seconds", "compute_seconds", "seconds"}
+SETTINGS = (
+    "data.synthetic={train_images: 16, val_images: 4, max_people: 2, image_size: [96, 96]}",
+    "data.workers=0",
+    "model.backbone={layers: 6, reserve: 3, hidden: 1, channels: 1, operations: [skip, separable]}",
+    "model.fabric={layers: 6, cut: 4, channels: 1, operations: [zero, skip, separable]}",
+    "model.vector_dim=2",
+    "model.input_size=[64, 64]",
+    "train.batch_size=4",
+    "train.epochs=2",
+    "train.warmup_steps=2",
+)
+
+
+def small_config(root: Path, *settings: str) -> Config:
+    """Settings of preset `tiny` that train in seconds; the people are drawn into `root`."""
+    return load_config("tiny", [*SETTINGS, f"data.root={root}", *settings])
+
+
+def state_of(run: Path) -> tuple[dict[str, Tensor], Any]:
+    """All tensors of a run's newest checkpoint, and its tree without the length of timed rows."""
+    folder = list_checkpoints(run)[-1]
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"training {k}": v for k, v in load_file(folder / "training.safetensors").items()}
+    tree = json.loads((folder / "state.json").read_text())["training"]
+    return tensors, {k: v for k, v in tree.items() if k != "metrics_position"}
+
+
+def rows_of(run: Path, event: str | None = None) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl without the measured times."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if event in (None, row["event"])]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in kept]

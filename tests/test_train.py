@@ -314,7 +314,7 @@ def torchrun(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("strategy", ["sync", "random"])
+@pytest.mark.parametrize("strategy", ["sync", pytest.param("random", marks=pytest.mark.slow)])
 def test_gradients_of_two_processes_are_those_of_one_with_all_data(strategy: str) -> None:
     torchrun(str(Path(__file__).with_name("two_ranks.py")), strategy)
 

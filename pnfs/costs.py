@@ -202,12 +202,13 @@ class _Counter(TorchDispatchMode):
             read = [x for x in read if x is not args[0]]
         if self.forward:
             self.used.update(_memory(x) for x in read if _memory(x) in self.parameters)
-        cost = op_costs[name](args, outputs) if name in op_costs else None
-        if cost is None:
-            moved = sum(_touched_bytes(x) for x in (*read, *results))
-            cost = OpCost(launches=1, bytes=moved, conv_macs=_conv_macs(name, args, results[0]))
+        if name in op_costs:
+            cost = op_costs[name](args, outputs)
+        else:
+            cost = OpCost(conv_macs=_conv_macs(name, args, results[0]))
+        moved = sum(_touched_bytes(x) for x in (*read, *results))
         self.launches += cost.launches
-        self.bytes += cost.bytes
+        self.bytes += moved if cost.bytes is None else cost.bytes
         if self.forward and cost.conv_macs:
             owner = self._owner(inputs)
             self.macs[owner] = self.macs.get(owner, 0) + cost.conv_macs

@@ -38,4 +38,6 @@ PYBIND11_MODULE(_cpu, module) {
   PNFS_DEF(oks_nms);
   PNFS_DEF(scale_mix);
   PNFS_DEF(scale_mix_backward);
+  PNFS_DEF(separable_conv);
+  PNFS_DEF(separable_conv_backward);
 }

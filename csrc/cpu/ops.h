@@ -33,6 +33,19 @@ void decode_heatmaps(Address heatmaps, const std::array<std::int64_t, 4>& stride
 std::int64_t oks_nms(Address points, Address scores, Address areas, Address sigmas, Address groups,
                      Address keep, std::int64_t n, std::int64_t k, double threshold,
                      bool skip_after_removal);
+// `tensors`: x, pointwise, depthwise, bias, mean, var, y, mean_y, var_y. x and y are of `dtype`
+// (float32, bfloat16) and channels-last inside a part; the others are contiguous float32. depthwise,
+// bias, mean with var, and mean_y with var_y may be 0. `size`: P, N, C, O, H, W, elements from part to
+// part of x, dilation. See pnfs/kernels/separable_conv.py. Throws std::runtime_error for an unusable
+// PNFS_ISA.
+void separable_conv(const std::array<Address, 9>& tensors, const std::array<std::int64_t, 8>& size,
+                    double eps, int dtype);
+
+// `tensors`: x, pointwise, depthwise, mean, var, y, mean_y, gy, gmean, gvar, and the gradients of x,
+// pointwise, depthwise, bias, mean, var, of which 0 are not wanted, but for x's and pointwise's. Those
+// of x and y are like x and y. gmean is 0, and y is not read, where the statistics have no gradient.
+void separable_conv_backward(const std::array<Address, 16>& tensors,
+                             const std::array<std::int64_t, 8>& size, double eps, int dtype);
 
 // Stacked maps, channels-last inside a part; `size` is P, pixels of a part, C, and parts lie
 // `part_stride` elements apart. Small tensors are contiguous float32. Of `maps`, the first has no

@@ -13,6 +13,7 @@ from pnfs.kernels.mixed_sum import mixed_sum
 from pnfs.kernels.oks_nms import oks_matrix, oks_nms
 from pnfs.kernels.registry import dispatch, explain, ops, use_backend
 from pnfs.kernels.scale_mix import scale_mix
+from pnfs.kernels.separable_conv import separable_conv
 
 __all__ = [
     "batch_stats",
@@ -25,5 +26,6 @@ __all__ = [
     "oks_nms",
     "ops",
     "scale_mix",
+    "separable_conv",
     "use_backend",
 ]

@@ -258,11 +258,11 @@ def _chosen_without_call(op: Op, able: dict[str, Verdict], wanted: str, device: 
 
 @dataclass(frozen=True)
 class OpCost:
-    """What one call of an implementation costs: kernels launched, bytes of memory read and written,
-    and the multiply-adds of the convolutions in it."""
+    """What one call of an implementation costs: kernels launched, bytes of memory read and written
+    (None: every argument and every result once), multiply-adds of the convolutions in it."""
 
-    launches: int
-    bytes: int
+    launches: int = 1
+    bytes: int | None = None
     conv_macs: int = 0
 
 

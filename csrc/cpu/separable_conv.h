@@ -1,0 +1,83 @@
+// What the driver of separable_conv (separable_conv.cpp: threads, memory, reductions) and its kernels
+// (separable_kernels.h, once per instruction set) share. pnfs/kernels/separable_conv.py has the
+// definition. Plain data only, see cpu/simd.h.
+//
+// Letters: P parts, N images, C channels of x, O channels of y, H W rows and columns. Arrays in
+// memory are (P, N, H, W, channels). All arrays of float32 here have their channels padded to a
+// multiple of kChannelStep, which holds a vector of every instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pnfs {
+
+constexpr std::int64_t kChannelStep = 16;
+
+struct SeparableShape {
+  std::int64_t c, o, h, w;
+  std::int64_t dilation;  // 0: no depthwise convolution
+  bool normalised;        // z = relu((x - mean)·rstd), else z = x
+  bool stats;             // y's statistics are wanted, and have gradients
+  bool streams;           // the result is stored past the caches; its pixels are aligned to lines
+};
+
+// One part's constants, (padded C) or (padded O) float32. Pads are 0.
+struct SeparablePart {
+  const float* pointwise;  // packed: see SeparableKernels::pack_*
+  const float* taps;       // (9, C) depthwise weights
+  const float* mean;       // (C)
+  const float* rstd;       // (C)
+  const float* bias;       // (O), forward
+  const float* add;        // (O), backward: the gradient of the whole y is
+  const float* times;      // (O)   gy + add + times·y
+};
+
+// Rows [first, last) of one image, forward. x and y point to the image.
+struct ForwardBand {
+  const void* x;
+  void* y;
+  std::int64_t first, last;
+  // (O) each, with stats: y without bias is near `shift`; Σ and Σ² of its distance, over the band.
+  float *shift, *sum, *square;
+};
+
+// Rows [first, last) of one image, backward. Sums are added to.
+struct BackwardBand {
+  const void* x;
+  const void* y;  // read with stats only
+  const void* gy;
+  void* gx;
+  std::int64_t first, last;
+  bool fresh;        // `pointwise` is written, not added to
+  float* pointwise;  // (O, C) gradient
+  float* taps;       // (9, C) gradient
+  float* bias;       // (O) gradient
+  float* z_sum;      // (C) Σ of z's gradient where z > 0
+  float* z_dot;      // (C) Σ of z·(z's gradient)
+};
+
+struct SeparableKernels {
+  // One of `panels` panels of the packed pointwise weights (O, C). The right matrix is their
+  // transpose forward, themselves backward; it takes depth · padded columns floats.
+  std::int64_t (*panels)(std::int64_t columns);
+  void (*pack_forward)(const SeparableShape&, const float* pointwise, std::int64_t panel,
+                       float* packed);
+  void (*pack_backward)(const SeparableShape&, const float* pointwise, std::int64_t panel,
+                        float* packed);
+  // Floats of scratch memory, aligned to 64 bytes, that a band needs.
+  std::size_t (*forward_scratch)(const SeparableShape&);
+  std::size_t (*backward_scratch)(const SeparableShape&);
+  // dtype: see core/dtypes.h; 0 or 1.
+  void (*forward)(int dtype, const SeparableShape&, const SeparablePart&, const ForwardBand&,
+                  float* scratch);
+  void (*backward)(int dtype, const SeparableShape&, const SeparablePart&, const BackwardBand&,
+                   float* scratch);
+};
+
+extern const SeparableKernels kSeparablePortable;
+#if defined(__x86_64__)
+extern const SeparableKernels kSeparableAvx2, kSeparableAvx512;
+#endif
+
+}  // namespace pnfs

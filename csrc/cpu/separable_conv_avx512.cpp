@@ -1,0 +1,7 @@
+// separable_conv's kernels for one instruction set; setup.py chooses the compiler's flags by name.
+#define PNFS_LANES 16
+#include "cpu/separable_kernels.h"
+
+namespace pnfs {
+const SeparableKernels kSeparableAvx512 = kKernels;
+}

@@ -1,0 +1,494 @@
+// The kernels of separable_conv for one instruction set: a band of rows of one image, a few rows at
+// a time in cache. separable_conv.h has the interface and the letters.
+//
+// Rows in scratch memory are float32 with `dilation` columns of zeros on both sides. Their pixels
+// are a line further apart than the channels need: with a power of two they would crowd into a few
+// sets of the cache.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/separable_conv.h"
+
+namespace pnfs {
+namespace {
+
+// A block of rows has about this many pixels: enough that the tiles of a product hide their stores,
+// few enough that it stays in the first two caches.
+constexpr std::int64_t kBlockPixels = 48;
+
+struct Sizes {
+  std::int64_t c, o;        // channels, padded
+  std::int64_t c_step;      // floats from pixel to pixel with C channels
+  std::int64_t o_step;      // and with O channels
+  std::int64_t rows;        // of a block
+  std::int64_t pixels;      // of a block
+  std::int64_t ring_rows;   // that a block and its neighbours take
+  std::int64_t row_floats;  // of a padded row with C channels
+
+  explicit Sizes(const SeparableShape& shape) {
+    c = round_up(shape.c, kChannelStep);
+    o = round_up(shape.o, kChannelStep);
+    c_step = c + kChannelStep;
+    o_step = o + kChannelStep;
+    rows = larger(1, smaller(kBlockPixels / shape.w, shape.h));
+    pixels = rows * shape.w;
+    ring_rows = rows + 2 * shape.dilation;
+    row_floats = (shape.w + 2 * shape.dilation) * c_step;
+  }
+};
+
+// The latest rows of an image, each in its slot; rows outside the image are zeros.
+struct Ring {
+  float* slots;
+  float* zeros;
+  std::int64_t count, row_floats, height;
+
+  float* padded(std::int64_t y) const {
+    return y < 0 || y >= height ? zeros : slots + y % count * row_floats;
+  }
+};
+
+// Cuts a band's scratch memory into pieces.
+struct Scratch {
+  float* memory;
+
+  float* take(std::int64_t floats) {
+    float* piece = memory;
+    memory += round_up(floats, kChannelStep);
+    return piece;
+  }
+  float* zeros(std::int64_t floats) {
+    float* piece = take(floats);
+    std::memset(piece, 0, static_cast<std::size_t>(floats) * sizeof(float));
+    return piece;
+  }
+  Ring ring(const Sizes& sizes, std::int64_t height) {
+    float* slots = zeros(sizes.ring_rows * sizes.row_floats);
+    return {slots, zeros(sizes.row_floats), sizes.ring_rows, sizes.row_floats, height};
+  }
+};
+
+template <class T>
+PNFS_INLINE Vec z_vector(const SeparableShape& shape, const SeparablePart& part, const T* x,
+                         std::int64_t channel) {
+  const Vec v = load_part(x + channel, shape.c - channel);
+  if (!shape.normalised) return v;
+  return relu((v - load(part.mean + channel)) * load(part.rstd + channel));
+}
+
+// z of `pixels` adjacent pixels.
+template <class T>
+void load_z(const SeparableShape& shape, const Sizes& sizes, const SeparablePart& part, const T* x,
+            std::int64_t pixels, float* z) {
+  for (std::int64_t i = 0; i < pixels; ++i) {
+    for (std::int64_t channel = 0; channel < sizes.c; channel += kWidth) {
+      store(z + channel, z_vector(shape, part, x, channel));
+    }
+    x += shape.c;
+    z += sizes.c_step;
+  }
+}
+
+// t at row y: depthwise 3×3 of z.
+void depthwise_row(const SeparableShape& shape, const Sizes& sizes, const float* taps,
+                   const Ring& z, std::int64_t y, float* t) {
+  const std::int64_t step = sizes.c_step, side = shape.dilation * step;
+  const float* above = z.padded(y - shape.dilation);
+  const float* here = z.padded(y);
+  const float* below = z.padded(y + shape.dilation);
+  for (std::int64_t channel = 0; channel < sizes.c; channel += kWidth) {
+    Vec w[9];
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) w[tap] = load(taps + tap * sizes.c + channel);
+    for (std::int64_t at = channel; at < shape.w * step; at += step) {
+      Vec sum = {};
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j) {
+        sum += w[j] * load(above + at + j * side);
+        sum += w[3 + j] * load(here + at + j * side);
+        sum += w[6 + j] * load(below + at + j * side);
+      }
+      store(t + at, sum);
+    }
+  }
+}
+
+// y without bias at one pixel: what the sums for the statistics are taken relative to, lest they
+// cancel where the mean is far larger than the standard deviation.
+template <class T>
+void pixel_without_bias(const SeparableShape& shape, const Sizes& sizes, const SeparablePart& part,
+                        const T* x, std::int64_t row, std::int64_t column, float* t,
+                        const float* zeros, float* out) {
+  const std::int64_t d = shape.dilation;
+  for (std::int64_t channel = 0; channel < sizes.c; channel += kWidth) {
+    Vec sum = {};
+    for (int tap = 0; tap < (d == 0 ? 1 : 9); ++tap) {
+      const std::int64_t i = row + (tap / 3 - 1) * d, j = column + (tap % 3 - 1) * d;
+      if (i < 0 || i >= shape.h || j < 0 || j >= shape.w) continue;
+      const Vec z = z_vector(shape, part, x + (i * shape.w + j) * shape.c, channel);
+      sum += d == 0 ? z : load(part.taps + tap * sizes.c + channel) * z;
+    }
+    store(t + channel, sum);
+  }
+  multiply({t, 0, 1}, {part.pointwise, kPanel * shape.c, 0}, {out, 0, zeros, 0}, 1, sizes.o,
+           shape.c, {reinterpret_cast<const char*>(t), 0});
+}
+
+// Adds the bias and stores y of `pixels` pixels, kVecs vectors of channels; adds to the sums.
+template <int kVecs, class T>
+PNFS_INLINE void store_y_channels(const SeparableShape& shape, const Sizes& sizes,
+                                  const SeparablePart& part, const ForwardBand& band,
+                                  const float* block, std::int64_t pixels, std::int64_t channel,
+                                  T* y) {
+  Vec bias[kVecs], shift[kVecs], sum[kVecs], square[kVecs];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) {
+    const std::int64_t at = channel + v * kWidth;
+    bias[v] = load(part.bias + at);
+    shift[v] = shape.stats ? load(band.shift + at) : Vec{};
+    sum[v] = square[v] = Vec{};
+  }
+  for (std::int64_t i = 0; i < pixels; ++i) {
+    const float* from = block + i * sizes.o_step + channel;
+    T* to = y + i * shape.o + channel;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec value = load(from + v * kWidth);
+      const Vec distance = value - shift[v];
+      sum[v] += distance;
+      square[v] += distance * distance;
+      if (shape.streams) {
+        stream(to + v * kWidth, value + bias[v]);
+      } else {
+        store_part(to + v * kWidth, value + bias[v], shape.o - channel - v * kWidth);
+      }
+    }
+  }
+  if (!shape.stats) return;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) {
+    const std::int64_t at = channel + v * kWidth;
+    store(band.sum + at, load(band.sum + at) + sum[v]);
+    store(band.square + at, load(band.square + at) + square[v]);
+  }
+}
+
+template <class T>
+void store_y(const SeparableShape& shape, const Sizes& sizes, const SeparablePart& part,
+             const ForwardBand& band, const float* block, std::int64_t pixels, T* y) {
+  std::int64_t channel = 0;
+  for (; channel + 4 * kWidth <= shape.o; channel += 4 * kWidth) {
+    store_y_channels<4>(shape, sizes, part, band, block, pixels, channel, y);
+  }
+  for (; channel < shape.o; channel += kWidth) {
+    store_y_channels<1>(shape, sizes, part, band, block, pixels, channel, y);
+  }
+}
+
+template <class T>
+void forward_band(const SeparableShape& shape, const SeparablePart& part, const ForwardBand& band,
+                  float* memory) {
+  const Sizes sizes(shape);
+  const T* x = static_cast<const T*>(band.x);
+  T* y = static_cast<T*>(band.y);
+  const std::int64_t d = shape.dilation, x_row = shape.w * shape.c;
+  Scratch scratch{memory};
+  float* t = scratch.take(sizes.pixels * sizes.c_step);
+  float* block = scratch.take(sizes.pixels * sizes.o_step);
+  const float* zeros = scratch.zeros(sizes.o);
+  const Ring z = d > 0 ? scratch.ring(sizes, shape.h) : Ring{};
+  if (shape.stats) {
+    const std::int64_t middle = (band.first + band.last) / 2;
+    pixel_without_bias(shape, sizes, part, x, middle, shape.w / 2, t, zeros, band.shift);
+    std::memset(band.sum, 0, static_cast<std::size_t>(sizes.o) * sizeof(float));
+    std::memset(band.square, 0, static_cast<std::size_t>(sizes.o) * sizeof(float));
+  }
+  std::int64_t loaded = larger(0, band.first - d);  // the next row to load
+  for (std::int64_t row = band.first; row < band.last; row += sizes.rows) {
+    const std::int64_t end = smaller(row + sizes.rows, band.last);
+    const std::int64_t pixels = (end - row) * shape.w;
+    if (d == 0) {
+      load_z(shape, sizes, part, x + row * x_row, pixels, t);
+      loaded = end;
+    }
+    for (; loaded < smaller(end + d, shape.h); ++loaded) {
+      load_z(shape, sizes, part, x + loaded * x_row, shape.w,
+             z.padded(loaded) + d * sizes.c_step);
+    }
+    for (std::int64_t r = row; d > 0 && r < end; ++r) {
+      depthwise_row(shape, sizes, part.taps, z, r, t + (r - row) * shape.w * sizes.c_step);
+    }
+    const auto next = prefetch_during(x + loaded * x_row, sizes.rows * x_row * sizeof(T), pixels,
+                                      sizes.o, shape.c);
+    multiply({t, sizes.c_step, 1}, {part.pointwise, kPanel * shape.c, 0},
+             {block, sizes.o_step, zeros, 0}, pixels, sizes.o, shape.c, next);
+    store_y(shape, sizes, part, band, block, pixels, y + row * shape.w * shape.o);
+  }
+  if (shape.streams) finish_streams();
+}
+
+// The gradient of the whole y for `pixels` adjacent pixels.
+template <class T>
+void load_gradient(const SeparableShape& shape, const Sizes& sizes, const SeparablePart& part,
+                   const T* y, const T* gy, std::int64_t pixels, float* g) {
+  for (std::int64_t i = 0; i < pixels; ++i) {
+    for (std::int64_t channel = 0; channel < sizes.o; channel += kWidth) {
+      Vec v = load_part(gy + channel, shape.o - channel);
+      if (shape.stats) {
+        const Vec value = load_part(y + channel, shape.o - channel);
+        v += load(part.add + channel) + load(part.times + channel) * value;
+      }
+      store(g + channel, v);
+    }
+    gy += shape.o;
+    y += shape.stats ? shape.o : 0;
+    g += sizes.o_step;
+  }
+}
+
+void add_columns(const Sizes& sizes, const float* g, std::int64_t pixels, float* sum) {
+  for (std::int64_t channel = 0; channel < sizes.o; channel += kWidth) {
+    Vec total = load(sum + channel);
+    for (std::int64_t i = 0; i < pixels; ++i) total += load(g + i * sizes.o_step + channel);
+    store(sum + channel, total);
+  }
+}
+
+// One vector of channels: from z's gradient to x's, with the sums for mean's and var's.
+struct Unnormalise {
+  bool normalised;
+  float *sum_at, *dot_at;
+  Vec rstd, sum, dot;
+
+  PNFS_INLINE_MEMBER Unnormalise(const SeparableShape& shape, const SeparablePart& part,
+                                 const BackwardBand& band, std::int64_t channel)
+      : normalised(shape.normalised),
+        sum_at(band.z_sum + channel),
+        dot_at(band.z_dot + channel),
+        rstd(load(part.rstd + channel)),
+        sum(load(sum_at)),
+        dot(load(dot_at)) {}
+
+  PNFS_INLINE_MEMBER Vec operator()(Vec z, Vec gradient) {
+    if (!normalised) return gradient;
+    gradient = z > 0.0f ? gradient : Vec{};
+    sum += gradient;
+    dot += gradient * z;
+    return gradient * rstd;
+  }
+
+  PNFS_INLINE_MEMBER void save() const {
+    store(sum_at, sum);
+    store(dot_at, dot);
+  }
+};
+
+template <class T>
+PNFS_INLINE void store_x_gradient(const SeparableShape& shape, T* to, Vec v, std::int64_t count) {
+  shape.streams ? stream(to, v) : store_part(to, v, count);
+}
+
+// x's gradient at row y from t's, and the row's share of the taps'. Fetches w · c vectors from
+// `next` on.
+template <class T>
+void depthwise_gradient_row(const SeparableShape& shape, const Sizes& sizes,
+                            const SeparablePart& part, const BackwardBand& band, const Ring& z,
+                            const Ring& gt, std::int64_t y, T* gx, const T* next) {
+  const std::int64_t step = sizes.c_step, side = shape.dilation * step;
+  const float* above = gt.padded(y - shape.dilation);
+  const float* here = gt.padded(y);
+  const float* below = gt.padded(y + shape.dilation);
+  const float* z_row = z.padded(y) + side;
+  for (std::int64_t channel = 0; channel < shape.c; channel += kWidth) {
+    Vec w[9], gradient[9];
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) {
+      w[tap] = load(part.taps + tap * sizes.c + channel);
+      gradient[tap] = load(band.taps + tap * sizes.c + channel);
+    }
+    Unnormalise to_x(shape, part, band, channel);
+    T* to = gx + channel;
+    for (std::int64_t at = channel; at < shape.w * step; at += step) {
+      __builtin_prefetch(next, 0, 2);
+      next += kWidth;
+      const Vec value = load(z_row + at);
+      Vec sum = {};
+      // t at (y - i·d, x - j·d) has read this pixel through tap (i, j), i and j of -1, 0, 1.
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j) {
+        const Vec g_above = load(above + at + (2 - j) * side);
+        const Vec g_here = load(here + at + (2 - j) * side);
+        const Vec g_below = load(below + at + (2 - j) * side);
+        sum += w[j] * g_below + w[3 + j] * g_here + w[6 + j] * g_above;
+        gradient[j] += value * g_below;
+        gradient[3 + j] += value * g_here;
+        gradient[6 + j] += value * g_above;
+      }
+      store_x_gradient(shape, to, to_x(value, sum), shape.c - channel);
+      to += shape.c;
+    }
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) store(band.taps + tap * sizes.c + channel, gradient[tap]);
+    to_x.save();
+  }
+}
+
+// The same for `pixels` pixels without depthwise convolution: t is z.
+template <class T>
+void plain_gradient(const SeparableShape& shape, const Sizes& sizes, const SeparablePart& part,
+                    const BackwardBand& band, const float* z, const float* gt,
+                    std::int64_t pixels, T* gx, const T* next) {
+  for (std::int64_t channel = 0; channel < shape.c; channel += kWidth) {
+    Unnormalise to_x(shape, part, band, channel);
+    for (std::int64_t i = 0; i < pixels; ++i) {
+      __builtin_prefetch(next, 0, 2);
+      next += kWidth;
+      const std::int64_t at = i * sizes.c_step + channel;
+      const Vec v = to_x(load(z + at), load(gt + at));
+      store_x_gradient(shape, gx + i * shape.c + channel, v, shape.c - channel);
+    }
+    to_x.save();
+  }
+}
+
+// Everything that a band's blocks share.
+template <class T>
+struct BackwardWork {
+  const SeparableShape& shape;
+  const SeparablePart& part;
+  const BackwardBand& band;
+  const Sizes sizes;
+  const T *x, *y, *gy;
+  T* gx;
+  float *g, *t, *gt_block, *zeros;
+  Ring z, gt;
+  bool fresh;
+
+  BackwardWork(const SeparableShape& shape_, const SeparablePart& part_, const BackwardBand& band_,
+               float* memory)
+      : shape(shape_), part(part_), band(band_), sizes(shape_), fresh(band_.fresh) {
+    x = static_cast<const T*>(band.x);
+    y = static_cast<const T*>(band.y);
+    gy = static_cast<const T*>(band.gy);
+    gx = static_cast<T*>(band.gx);
+    Scratch scratch{memory};
+    g = scratch.take(sizes.pixels * sizes.o_step);
+    t = scratch.take(sizes.pixels * sizes.c_step);
+    gt_block = scratch.take(sizes.pixels * sizes.c_step);
+    zeros = scratch.zeros(sizes.c);
+    z = shape.dilation > 0 ? scratch.ring(sizes, shape.h) : Ring{};
+    gt = shape.dilation > 0 ? scratch.ring(sizes, shape.h) : Ring{};
+  }
+
+  std::int64_t x_at(std::int64_t row) const { return row * shape.w * shape.c; }
+  std::int64_t y_at(std::int64_t row) const { return row * shape.w * shape.o; }
+
+  // t's gradient = g · pointwise for `pixels` pixels; meanwhile fetches the next block's gy.
+  void pointwise_gradient(const float* from, std::int64_t pixels, float* to, Prefetch& next) {
+    multiply({from, sizes.o_step, 1}, {part.pointwise, kPanel * shape.o, 0},
+             {to, sizes.c_step, zeros, 0}, pixels, sizes.c, shape.o, next);
+    next.at += next.step * shape.o * (pixels / kTileRows) * (sizes.c / kPanel);
+  }
+
+  // The weights' gradient (O, C) += gᵀ · t; meanwhile fetches the next block's y.
+  void weight_gradient(const float* from, std::int64_t pixels, std::int64_t next_row) {
+    const std::int64_t bytes = shape.stats ? sizes.pixels * shape.o * sizeof(T) : 0;
+    multiply({from, 1, sizes.o_step}, {t, kPanel, sizes.c_step},
+             {band.pointwise, sizes.c, fresh ? zeros : band.pointwise, fresh ? 0 : sizes.c},
+             shape.o, sizes.c, pixels,
+             prefetch_during(shape.stats ? y + y_at(next_row) : y, bytes, shape.o, sizes.c, pixels));
+    fresh = false;
+  }
+
+  void run() {
+    const std::int64_t d = shape.dilation, w = shape.w;
+    // t's gradient is needed d rows beyond the band.
+    const std::int64_t start = larger(0, band.first - d), stop = smaller(band.last + d, shape.h);
+    std::int64_t loaded = start;      // the next row of x to load
+    std::int64_t done = band.first;   // the next row of x's gradient
+    for (std::int64_t row = start; row < stop; row += sizes.rows) {
+      const std::int64_t end = smaller(row + sizes.rows, stop);
+      // Rows of the block that are the band's own.
+      const std::int64_t own = larger(row, band.first), own_end = smaller(end, band.last);
+      const std::int64_t own_pixels = larger(0, own_end - own) * w;
+      const float* own_g = g + (own - row) * w * sizes.o_step;
+      const T* before = shape.stats ? y + y_at(row) : nullptr;
+      load_gradient(shape, sizes, part, before, gy + y_at(row), (end - row) * w, g);
+      if (band.bias != nullptr) add_columns(sizes, own_g, own_pixels, band.bias);
+      Prefetch next = prefetch_during(gy + y_at(end), sizes.pixels * shape.o * sizeof(T),
+                                      sizes.pixels, sizes.c, shape.o);
+      if (d == 0) {
+        pointwise_gradient(g, own_pixels, gt_block, next);
+        load_z(shape, sizes, part, x + x_at(row), own_pixels, t);
+        weight_gradient(g, own_pixels, end);
+        plain_gradient(shape, sizes, part, band, t, gt_block, own_pixels, gx + x_at(row),
+                       x + x_at(end));
+        continue;
+      }
+      for (std::int64_t r = row; r < end; ++r) {
+        pointwise_gradient(g + (r - row) * w * sizes.o_step, w, gt.padded(r) + d * sizes.c_step,
+                           next);
+      }
+      for (; loaded < smaller(own_end + d, shape.h); ++loaded) {
+        load_z(shape, sizes, part, x + x_at(loaded), w, z.padded(loaded) + d * sizes.c_step);
+      }
+      for (std::int64_t r = own; r < own_end; ++r) {
+        depthwise_row(shape, sizes, part.taps, z, r, t + (r - own) * w * sizes.c_step);
+      }
+      weight_gradient(own_g, own_pixels, end);
+      // Rows whose neighbours below are there, or lie outside the image.
+      const std::int64_t ready = end == stop ? band.last : smaller(end - d, band.last);
+      for (std::int64_t ahead = loaded; done < ready; ++done, ++ahead) {
+        depthwise_gradient_row(shape, sizes, part, band, z, gt, done, gx + x_at(done),
+                               x + x_at(ahead));
+      }
+    }
+    if (shape.streams) finish_streams();
+  }
+};
+
+std::int64_t panels(std::int64_t columns) { return count_panels(columns, kChannelStep); }
+
+void pack_forward(const SeparableShape& shape, const float* pointwise, std::int64_t panel,
+                  float* packed) {
+  pack_panel(pointwise, 1, shape.c, shape.c, shape.o, kChannelStep, panel, packed);
+}
+
+void pack_backward(const SeparableShape& shape, const float* pointwise, std::int64_t panel,
+                   float* packed) {
+  pack_panel(pointwise, shape.c, 1, shape.o, shape.c, kChannelStep, panel, packed);
+}
+
+std::int64_t ring_floats(const SeparableShape& shape, const Sizes& sizes) {
+  return shape.dilation > 0 ? (sizes.ring_rows + 1) * sizes.row_floats : 0;
+}
+
+std::size_t forward_scratch(const SeparableShape& shape) {
+  const Sizes sizes(shape);
+  return static_cast<std::size_t>(sizes.pixels * (sizes.c_step + sizes.o_step) + sizes.o +
+                                  ring_floats(shape, sizes));
+}
+
+std::size_t backward_scratch(const SeparableShape& shape) {
+  const Sizes sizes(shape);
+  return static_cast<std::size_t>(sizes.pixels * (2 * sizes.c_step + sizes.o_step) + sizes.c +
+                                  2 * ring_floats(shape, sizes));
+}
+
+void forward(int dtype, const SeparableShape& shape, const SeparablePart& part,
+             const ForwardBand& band, float* scratch) {
+  dtype == 0 ? forward_band<float>(shape, part, band, scratch)
+             : forward_band<BFloat16>(shape, part, band, scratch);
+}
+
+void backward(int dtype, const SeparableShape& shape, const SeparablePart& part,
+              const BackwardBand& band, float* scratch) {
+  dtype == 0 ? BackwardWork<float>(shape, part, band, scratch).run()
+             : BackwardWork<BFloat16>(shape, part, band, scratch).run();
+}
+
+constexpr SeparableKernels kKernels = {panels,           pack_forward, pack_backward, forward_scratch,
+                                       backward_scratch, forward,      backward};
+
+}  // namespace
+}  // namespace pnfs

@@ -1,0 +1,309 @@
+"""Depthwise 3×3 and 1×1 convolution in one pass, with batch norm and ReLU on load (Eq. 1).
+
+Axes: P parts, N batch, C channels in, O channels out, H W; maps are stacked, (P, N, C, H, W), and
+channels-last inside each part. A separable convolution is a chain ReLU → BN → depthwise → 1×1; what
+lies between the two convolutions is never stored, and neither is the normalised input: the
+statistics of an output travel beside it as (P, O) tensors, and its consumer normalises on load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pnfs.errors import PnfsError
+from pnfs.kernels import checks, native
+from pnfs.kernels.checks import STORAGE, Verdict
+from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
+
+STORAGE_CPU = (torch.float32, torch.bfloat16)
+
+
+def separable_conv(
+    x: Tensor,
+    pointwise: Tensor,
+    *,
+    depthwise: Tensor | None = None,
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    dilation: int = 1,
+    stats: bool = True,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise, convolve, and take the statistics of the result. Differentiable in every tensor.
+
+        z = relu((x - mean) / sqrt(var + eps))      x itself without `mean` and `var`
+        t = depthwise 3×3 convolution of z          z itself without `depthwise`
+        y[p, n, o, h, w] = sum_c pointwise[p, o, c] t[p, n, c, h, w] + bias[p, o]
+
+    The depthwise convolution pads z with `dilation` zeros on every side, so that H and W stay.
+
+    Args:
+        x: (P, N, C, H, W), float32, bfloat16, float16 or float64. Any layout; channels-last inside
+            each part is taken without a copy, and so are parts that share one map (stride 0).
+        pointwise: (P, O, C). This and the other weights: float32 or the dtype of `x`.
+        depthwise: (P, C, 3, 3), or None for a plain 1×1 convolution.
+        bias: (P, O) or None.
+        mean, var: (P, C), statistics of x, biased; those of its batch, as this function returns
+            them, or running ones. float32 (float64 for float64 maps). Both or neither.
+        dilation: of the depthwise convolution, in pixels.
+        stats: whether to compute `mean_y` and `var_y`.
+        eps: of the batch normalisation.
+
+    Returns:
+        y: (P, N, O, H, W), channels-last inside, dtype of `x`; sums are in float32 (float64 for
+            float64).
+        mean_y, var_y: (P, O), mean and biased variance of y over N, H and W, float32 (float64 for
+            float64); empty (0,) tensors without `stats`. A gradient in them, which a consumer that
+            normalises on load returns, flows back into y: autograd composes the two to the gradient
+            of a batch normalisation.
+
+    Raises:
+        PnfsError: a shape, dtype or device that does not fit, one of `mean` and `var` without the
+            other, a dilation below 1.
+    """
+    checks.check_tensor("x", x, (None,) * 5, *STORAGE, torch.float64)
+    p, _, c, h, w = x.shape
+    checks.check_tensor("pointwise", pointwise, (p, None, c))
+    o = pointwise.shape[1]
+    if not (p and c and o and h and w):
+        raise PnfsError(
+            f"x {tuple(x.shape)} and pointwise {tuple(pointwise.shape)} must have parts, channels "
+            "and pixels"
+        )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "pointwise": (pointwise, (p, o, c)),
+        "depthwise": (depthwise, (p, c, 3, 3)),
+        "bias": (bias, (p, o)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None:
+            checks.check_tensor(name, tensor, shape, *dict.fromkeys((wide, x.dtype)))
+    if (mean is None) != (var is None):
+        raise PnfsError("mean and var must be given both or neither")
+    for name, tensor in {"mean": mean, "var": var}.items():
+        if tensor is not None:
+            checks.check_tensor(name, tensor, (p, c), wide)
+    if dilation < 1:
+        raise PnfsError(f"dilation must be at least 1, not {dilation}")
+    checks.check_same_device(
+        x=x, pointwise=pointwise, depthwise=depthwise, bias=bias, mean=mean, var=var
+    )
+    weights = [None if tensor is None else tensor.to(wide) for tensor, _ in shapes.values()]
+    args = (checks.as_stacked(x), *weights, mean, var, int(dilation), bool(stats), float(eps))
+    return cast(tuple[Tensor, Tensor, Tensor], OP(*args))
+
+
+def separable_conv_reference(
+    x: Tensor,
+    pointwise: Tensor,
+    depthwise: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    dilation: int,
+    stats: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition; see `separable_conv`. Weights are float32, or float64 for float64 maps."""
+    parts = []
+    for p, part in enumerate(x.to(pointwise.dtype).unbind(0)):
+        if mean is not None and var is not None:
+            scale = (var[p] + eps).rsqrt()[:, None, None]
+            part = F.relu((part - mean[p, :, None, None]) * scale)
+        if depthwise is not None:
+            taps = depthwise[p, :, None]
+            part = F.conv2d(part, taps, padding=dilation, dilation=dilation, groups=len(taps))
+        y = F.conv2d(part, pointwise[p, :, :, None, None], None if bias is None else bias[p])
+        parts.append(y.permute(0, 2, 3, 1))
+    y = torch.stack(parts).permute(0, 1, 4, 2, 3)
+    if stats:
+        var_y, mean_y = torch.var_mean(y, dim=(1, 3, 4), correction=0)
+    else:
+        mean_y, var_y = y.new_empty(0), y.new_empty(0)
+    return y.to(x.dtype), mean_y, var_y
+
+
+# The backends take the arguments of the reference. Their gradients take, beside what the forward
+# pass took, the gradients of y, mean_y and var_y, and y and mean_y where the last two have one.
+
+Forward = tuple[Tensor, Tensor, Tensor]
+
+
+def _empty(x: Tensor, pointwise: Tensor, *rest: Any) -> Forward:
+    stats = rest[5]
+    p, n, _, h, w = x.shape
+    o = pointwise.shape[1]
+    y = checks.empty_stacked((p, n, o, h, w), x)
+    shape = (p, o) if stats else (0,)
+    mean, var = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    return y, mean, var
+
+
+def _empty_backward(
+    x: Tensor,
+    pointwise: Tensor,
+    depthwise: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    dilation: int,
+    eps: float,
+    has_bias: bool,
+    *_: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of x, pointwise, depthwise, bias, mean and var; (0,) where there is none."""
+    p, o, c = pointwise.shape
+    shapes = [
+        (p, o, c),
+        (0,) if depthwise is None else (p, c, 3, 3),
+        (p, o) if has_bias else (0,),
+        (0,) if mean is None else (p, c),
+        (0,) if mean is None else (p, c),
+    ]
+    weights = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]
+    return [checks.empty_stacked(x.shape, x), *weights]
+
+
+def _address(tensor: Tensor | None) -> int:
+    """0 for none. The caller keeps `tensor` alive."""
+    return 0 if tensor is None or not tensor.numel() else tensor.data_ptr()
+
+
+def _dense(g: Tensor) -> Tensor:
+    """`g` as a stacked map whose parts lie back to back."""
+    return g.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _size(x: Tensor, pointwise: Tensor, dilation: int) -> tuple[int, ...]:
+    p, n, c, h, w = x.shape
+    return p, n, c, pointwise.shape[1], h, w, x.stride(0), dilation
+
+
+def _call(
+    function: str, tensors: Sequence[Tensor | None], x: Tensor, size: Any, eps: float
+) -> None:
+    native.call(
+        "_cpu", function, [_address(tensor) for tensor in tensors], size, eps,
+        checks.DTYPE_CODES[x.dtype],
+        shapes=f"x {tuple(x.shape)}, O = {size[3]}",
+    )  # fmt: skip
+
+
+def _cpp(
+    x: Tensor,
+    pointwise: Tensor,
+    depthwise: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    dilation: int,
+    stats: bool,
+    eps: float,
+) -> Forward:
+    results = _empty(x, pointwise, depthwise, bias, mean, var, dilation, stats, eps)
+    weights = _contiguous(pointwise, depthwise, bias, mean, var)
+    size = _size(x, pointwise, dilation)
+    _call("separable_conv", [x, *weights, *results], x, size, eps)
+    return results
+
+
+def _cpp_backward(
+    x: Tensor,
+    pointwise: Tensor,
+    depthwise: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    dilation: int,
+    eps: float,
+    has_bias: bool,
+    gy: Tensor,
+    y: Tensor | None,
+    mean_y: Tensor | None,
+    g_mean_y: Tensor | None,
+    g_var_y: Tensor | None,
+) -> list[Tensor]:
+    gradients = _empty_backward(x, pointwise, depthwise, mean, var, dilation, eps, has_bias)
+    weights = _contiguous(pointwise, depthwise, mean, var)
+    of_results = [y, mean_y, gy, *_contiguous(g_mean_y, g_var_y)]
+    size = _size(x, pointwise, dilation)
+    _call("separable_conv_backward", [x, *weights, *of_results, *gradients], x, size, eps)
+    return gradients
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
+    x, pointwise, depthwise, bias, mean, var, ctx.dilation, stats, ctx.eps = inputs
+    ctx.has_bias = bias is not None
+    y, mean_y, _ = output
+    ctx.save_for_backward(x, pointwise, depthwise, mean, var, *((y, mean_y) if stats else ()))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    launch: Callable[..., Any],
+    ctx: Any,
+    gy: Tensor | None,
+    g_mean_y: Tensor | None,
+    g_var_y: Tensor | None,
+) -> tuple[Any, ...]:
+    x, pointwise, depthwise, mean, var, *results = ctx.saved_tensors
+    y, mean_y = results or (None, None)
+    if g_mean_y is None and g_var_y is None:
+        y = mean_y = None
+    elif mean_y is not None:
+        g_mean_y = torch.zeros_like(mean_y) if g_mean_y is None else g_mean_y
+        g_var_y = torch.zeros_like(mean_y) if g_var_y is None else g_var_y
+    if gy is None:
+        p, n, _, h, w = x.shape
+        gy = checks.empty_stacked((p, n, pointwise.shape[1], h, w), x).zero_()
+    gx, g_pointwise, g_depthwise, g_bias, g_mean, g_var = launch(
+        x, pointwise, depthwise, mean, var, ctx.dilation, ctx.eps, ctx.has_bias,
+        _dense(gy), y, mean_y, g_mean_y, g_var_y,
+    )  # fmt: skip
+    return (
+        gx,
+        g_pointwise,
+        None if depthwise is None else g_depthwise,
+        g_bias if ctx.has_bias else None,
+        None if mean is None else g_mean,
+        None if mean is None else g_var,
+        None,
+        None,
+        None,
+    )
+
+
+def _can_run(x: Tensor, *_: Any) -> Verdict:
+    if not x.numel():
+        return checks.no("the batch is empty")
+    return checks.has_dtype("x", x.dtype, STORAGE_CPU)
+
+
+def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
+    x, pointwise, depthwise = args[:3]
+    p, n, c, h, w = x.shape
+    macs_of_pixel = pointwise.shape[1] * c + (0 if depthwise is None else 9 * c)
+    return OpCost(conv_macs=p * n * h * w * macs_of_pixel)
+
+
+OP = register_op("separable_conv", separable_conv_reference)
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any], ...] = (("cpp", _cpp, _cpp_backward, _can_run),)
+for _backend, _fn, _fn_backward, _verdict in _BACKENDS:
+    _name, _devices = f"separable_conv_{_backend}_backward", NATIVE_DEVICES[_backend]
+    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices)
+    _options = {
+        "setup_context": _setup_context,
+        "backward": partial(_backward, _launch),
+        "cost": _cost,
+    }
+    OP.register_native(_backend, _fn, _empty, _verdict, **_options)

@@ -120,8 +120,8 @@ class Stepper:
     def _freeze_unused(self) -> None:
         """Take parameters that the loss does not depend on out of training.
 
-        DistributedDataParallel waits for the gradient of every parameter, so the backward pass would
-        never end with, say, a level of the pyramid that a cut fabric does not read.
+        DistributedDataParallel waits for the gradient of every parameter, so the backward pass
+        would never end with, say, a level of the pyramid that a cut fabric does not read.
         """
         keypoints = self.config.model.skeleton_table.num_keypoints
         images = torch.zeros(2, 3, *self.config.model.input_size, device=self.device)

@@ -117,11 +117,17 @@ def train(
     own_device = distributed.join(select_device(device))
     try:
         with contextlib.ExitStack() as stack:
-            first = distributed.rank() == 0
+            first, problem = distributed.rank() == 0, None
             if first:
-                stack.enter_context(open_run(Path(out), resume=resume, overwrite=overwrite))
-            distributed.barrier()
-            return _Trainer(config, Path(out), own_device, resume, quiet or not first).run(stop_at)
+                try:
+                    stack.enter_context(open_run(Path(out), resume=resume, overwrite=overwrite))
+                except PnfsError as error:
+                    problem = str(error)
+            problem = distributed.from_first(problem)  # else the other ranks would wait for ever
+            if problem is not None:
+                raise PnfsError(problem)
+            trainer = _Trainer(config, Path(out), own_device, resume, quiet or not first)
+            return trainer.run(stop_at)
     finally:
         distributed.leave()
 

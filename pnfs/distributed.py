@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pnfs.errors import PnfsError
-from pnfs.operations import BN_EPS, BN_MOMENTUM, PartBatchNorm2d
+from pnfs.operations import PartBatchNorm2d
 
 
 def launched_by_torchrun() -> bool:
@@ -156,16 +156,36 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         )
 
 
+class _GatheredStatistics(torch.autograd.Function):
+    """Mean and biased variance (P, C) of this process → those over all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor]:
+        own = torch.stack([mean, var, torch.full_like(mean, count)])
+        gathered = [torch.empty_like(own) for _ in range(world())]
+        dist.all_gather(gathered, own)
+        means, variances, counts = torch.stack(gathered).unbind(1)  # each (ranks, P, C)
+        total = counts.sum(0)
+        all_mean = (counts * means).sum(0) / total
+        all_var = (counts * (variances + (means - all_mean).square())).sum(0) / total
+        ctx.save_for_backward(mean - all_mean, count / total)
+        ctx.mark_non_differentiable(total)
+        return all_mean, all_var, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+        off_mean, share = ctx.saved_tensors
+        sums = torch.stack([grads[0], grads[1]])
+        dist.all_reduce(sums)  # every process's loss depends on these statistics
+        return share * (sums[0] + 2 * off_mean * sums[1]), share * sums[1], None
+
+
 class SyncedPartBatchNorm2d(PartBatchNorm2d):
     """`PartBatchNorm2d` with the statistics of all ranks while training."""
 
-    def forward_part(self, x_NCHW: Tensor, part: int) -> Tensor:
-        if not self.training:
-            return super().forward_part(x_NCHW, part)
-        weight = None if self.weight is None else self.weight[part]
-        bias = None if self.bias is None else self.bias[part]
-        mean, var = self.running_mean[part], self.running_var[part]
-        return synced_batch_norm(x_NCHW, mean, var, weight, bias, BN_MOMENTUM, BN_EPS)
+    def gather(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
+        mean, var, total = _GatheredStatistics.apply(mean, var, float(count))
+        return mean, var, float(total.flatten()[0])
 
 
 def synchronize_batch_norm(model: nn.Module) -> None:

@@ -14,53 +14,59 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pnfs import kernels
 from pnfs.architecture import mixing_weights, new_alpha, new_beta
 from pnfs.config import Profile
 from pnfs.operations import (
-    Operation,
+    BN_EPS,
+    Normalised,
     PartBatchNorm2d,
     PartConv2d,
-    PartFunction,
-    build_operation,
-    over_parts,
+    build_branch,
+    convolve,
+    normalised,
 )
 from pnfs.topology import CellRow, Topology
 
 Features = Mapping[tuple[int, int], Tensor]  # (layer, level) -> x_PNCHW
 
 
-def _upsample(x_NCHW: Tensor) -> Tensor:
-    return F.interpolate(x_NCHW, scale_factor=2, mode="bilinear", align_corners=True)
+class ScaleTransform(nn.Sequential):
+    """T of Eq. 2 up to its raw output: how a neighbour's output reaches a cell of `channels`.
 
-
-def _weighted(weights_P: Tensor, x_PNCHW: Tensor) -> Tensor:
-    return weights_P.view(-1, 1, 1, 1, 1).to(x_PNCHW.dtype) * x_PNCHW
-
-
-def scale_transform(transform: str, parts: int, channels: int, profile: Profile) -> nn.Sequential:
-    """T of Eq. 2: how a neighbour's output reaches a cell of `channels` channels.
-
-    `down`: 3×3 stride 2 with bias, BN (then ReLU in the paper's profile), from channels / 2.
-    `up`: 1×1 with bias, BN, bilinear ×2 with aligned corners, from 2 · channels. `same`: identity.
+    `down`: 3×3 stride 2 with bias → BN, from channels / 2. `up`: 1×1 with bias → BN, from
+    2 · channels, at half the resolution. `same`: nothing. The mix that reads the result normalises
+    it and upsamples it (bilinear ×2, aligned corners) on load.
     """
-    if transform == "down":
-        layers: list[nn.Module] = [
-            PartConv2d(parts, channels // 2, channels, 3, stride=2, bias=True),
-            PartBatchNorm2d(parts, channels, affine=True),
-        ]
-        if profile == "paper":
-            layers.append(PartFunction(F.relu))
-    elif transform == "up":
-        layers = [
-            PartConv2d(parts, channels * 2, channels, 1, bias=True),
-            PartBatchNorm2d(parts, channels, affine=True),
-            PartFunction(_upsample),
-        ]
-    else:
-        layers = []
-    return Operation(*layers)
+
+    def __init__(self, transform: str, parts: int, channels: int) -> None:
+        conv = {
+            "same": lambda: None,
+            "down": lambda: PartConv2d(parts, channels // 2, channels, 3, stride=2, bias=True),
+            "up": lambda: PartConv2d(parts, channels * 2, channels, 1, bias=True),
+        }[transform]()
+        super().__init__(
+            *([] if conv is None else [conv, PartBatchNorm2d(parts, channels, affine=True)])
+        )
+        self.transform = transform
+
+    def forward(self, x_PNCHW: Tensor) -> Normalised:
+        """A neighbour's output → raw map, mean and var (P, C); not for `same`."""
+        conv, norm = self
+        assert isinstance(conv, PartConv2d) and isinstance(norm, PartBatchNorm2d)
+        return (
+            convolve(x_PNCHW, conv, norm)
+            if self.transform == "up"
+            else normalised(conv(x_PNCHW), norm)
+        )
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift of the batch normalisation, (P, C) each."""
+        norm = self[1]
+        assert isinstance(norm, PartBatchNorm2d)
+        assert norm.weight is not None and norm.bias is not None
+        return norm.weight, norm.bias
 
 
 class MixedEdge(nn.Module):
@@ -70,19 +76,29 @@ class MixedEdge(nn.Module):
         self, operations: tuple[str, ...], parts: int, channels: int, profile: Profile
     ) -> None:
         super().__init__()
-        self.names = operations
         self.scale = float(len(operations)) if profile == "posenfs" else 1.0
-        built = {name: build_operation(name, parts, channels) for name in operations}
-        self.operations = nn.ModuleDict({name: op for name, op in built.items() if op is not None})
+        branches = {name: build_branch(name, parts, channels) for name in operations}
+        self.operations = nn.ModuleDict(
+            {n: branch for n, branch in branches.items() if branch is not None}
+        )
+        self.has_skip = "skip" in operations
+        terms = (["skip"] if self.has_skip else []) + list(self.operations)
+        self.columns = [operations.index(name) for name in terms]
 
     def forward(self, x_PNCHW: Tensor, alpha_PO: Tensor) -> Tensor:
         """x (P, N, C, H, W), softmax(α) of this edge (P, O) → (P, N, C, H, W)."""
-        total = torch.zeros_like(x_PNCHW) if not self.operations else None
-        for name, operation in self.operations.items():
-            column = self.names.index(name)
-            term = _weighted(self.scale * alpha_PO[:, column], operation(x_PNCHW))
-            total = term if total is None else total + term
-        return cast(Tensor, total)
+        if not self.columns:
+            return torch.zeros_like(x_PNCHW)
+        branches = [branch(x_PNCHW) for branch in self.operations.values()]
+        return kernels.mixed_sum(
+            x_PNCHW if self.has_skip else None,
+            [y for y, _, _ in branches],
+            [mean for _, mean, _ in branches],
+            [var for _, _, var in branches],
+            self.scale * alpha_PO[:, self.columns],
+            relu=[bool(branch.relu) for branch in self.operations.values()],
+            eps=BN_EPS,
+        )
 
 
 class Cell(nn.Module):
@@ -95,7 +111,7 @@ class Cell(nn.Module):
         self.hidden = topology.hidden
         self.profile = profile
         self.inputs = nn.ModuleList(
-            scale_transform(source.transform, parts, row.channels, profile) for source in row.inputs
+            ScaleTransform(source.transform, parts, row.channels) for source in row.inputs
         )
         self.edges = nn.ModuleList(
             MixedEdge(topology.operations, parts, row.channels, profile) for _ in topology.edges
@@ -107,12 +123,29 @@ class Cell(nn.Module):
     def input_node(self, features: Features, beta_P3: Tensor) -> Tensor:
         """h₀ = Σ softmax(β) · T(O) over parallel, above and below (Eq. 2)."""
         scale = float(len(self.row.inputs)) if self.profile == "posenfs" else 1.0
-        total: Tensor | None = None
-        for source, transform in zip(self.row.inputs, self.inputs, strict=True):
-            term = _weighted(scale * beta_P3[:, source.slot], transform(features[source.source]))
-            total = term if total is None else total + term
-        assert total is not None
-        return F.relu(total) if self.profile == "posenfs" else total
+        # Border copies of the parallel input are the same map: one source with the sum of weights.
+        same = [source for source in self.row.inputs if source.transform == "same"]
+        others = [source for source in self.row.inputs if source.transform != "same"]
+        transforms = [cast(ScaleTransform, self.inputs[source.slot]) for source in others]
+        sources = [features[same[0].source]] if same else []
+        weights = [beta_P3[:, [source.slot for source in same]].sum(1)] if same else []
+        maps = [
+            transform(features[source.source])
+            for source, transform in zip(others, transforms, strict=True)
+        ]
+        affine = [transform.affine() for transform in transforms]
+        return kernels.scale_mix(
+            [*sources, *(y for y, _, _ in maps)],
+            [*(["same"] if same else []), *(source.transform for source in others)],
+            [mean for _, mean, _ in maps],
+            [var for _, _, var in maps],
+            [gamma for gamma, _ in affine],
+            [beta for _, beta in affine],
+            scale * torch.stack([*weights, *(beta_P3[:, source.slot] for source in others)], dim=1),
+            relu=self.profile == "posenfs",
+            down_relu=self.profile == "paper",
+            eps=BN_EPS,
+        )
 
     def forward(self, features: Features, alpha_PEO: Tensor, beta_P3: Tensor) -> Tensor:
         """Earlier outputs, softmax(α) (P, E, O), this cell's softmax(β) (P, 3) → output node."""
@@ -185,7 +218,7 @@ class Fabric(nn.Module):
         for level, x_NCHW in enumerate(inputs):
             x_PNCHW = x_NCHW.expand(self.parts, *x_NCHW.shape)
             if self.reduce:
-                x_PNCHW = over_parts([self.reduce[level]], x_PNCHW)
+                x_PNCHW = self.reduce[level](x_PNCHW)
             features[(self.topology.input_layer, level)] = x_PNCHW
         alpha, beta = mixing_weights(self.alpha), mixing_weights(self.beta)
         for row in self.topology.cells:

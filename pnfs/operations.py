@@ -1,49 +1,30 @@
 """Candidate operations of Eq. 1 and the layers they are made of, for P parts at once.
 
 Every weight carries the parts on its leading axis, and so does every feature map: `x_PNCHW` is
-(P parts, N batch, C channels, H, W), channels-last inside each part. Layers define what they do to
-one part (`forward_part`); `over_parts` walks the parts and stacks the results.
+(P parts, N batch, C channels, H, W), channels-last inside each part. Nothing is normalised where it
+is produced: a branch gives its raw map and the statistics of a batch normalisation, (mean, var) of
+shape (P, C), and whoever reads the map normalises it on load.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pnfs import kernels
+from pnfs.kernels.checks import as_stacked
+
 BN_MOMENTUM = 0.1
 BN_EPS = 1e-5
 
-
-def stack_parts(parts: Sequence[Tensor]) -> Tensor:
-    """P tensors (N, C, H, W) → one (P, N, C, H, W), channels-last inside."""
-    return torch.stack([x.permute(0, 2, 3, 1) for x in parts]).permute(0, 1, 4, 2, 3)
+Normalised = tuple[Tensor, Tensor, Tensor]  # raw map (P, N, C, H, W), mean (P, C), var (P, C)
 
 
-class PartLayer(nn.Module):
-    """A layer with separate weights for each of P parts."""
-
-    def forward_part(self, x_NCHW: Tensor, part: int) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x_PNCHW: Tensor) -> Tensor:
-        return over_parts([self], x_PNCHW)
-
-
-def over_parts(layers: Sequence[nn.Module], x_PNCHW: Tensor) -> Tensor:
-    """Send each part through a chain of `PartLayer`s; one stack at the end, none in between."""
-    outputs = []
-    for part, x_NCHW in enumerate(x_PNCHW.unbind(0)):
-        for layer in layers:
-            x_NCHW = layer.forward_part(x_NCHW, part)  # type: ignore[operator]
-        outputs.append(x_NCHW)
-    return stack_parts(outputs)
-
-
-class PartConv2d(PartLayer):
+class PartConv2d(nn.Module):
     """P convolutions. weight (P, out, in / groups, k, k); bias (P, out) or none.
 
     Weights start as N(0, gain / fan_in): gain 2 (He) before batch normalisation, where only
@@ -76,11 +57,24 @@ class PartConv2d(PartLayer):
         )
         self.bias = nn.Parameter(torch.zeros(parts, out_channels)) if bias else None
 
-    def forward_part(self, x_NCHW: Tensor, part: int) -> Tensor:
-        bias = None if self.bias is None else self.bias[part]
-        return F.conv2d(
-            x_NCHW, self.weight[part], bias, self.stride, self.padding, self.dilation, self.groups
-        )
+    def forward(self, x_PNCHW: Tensor) -> Tensor:
+        if self.weight.shape[-1] == 1:
+            return kernels.separable_conv(
+                x_PNCHW, self.weight[..., 0, 0], bias=self.bias, stats=False
+            )[0]
+        parts = [
+            F.conv2d(
+                x_NCHW,
+                self.weight[part].to(x_NCHW.dtype),
+                None if self.bias is None else self.bias[part].to(x_NCHW.dtype),
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+            ).permute(0, 2, 3, 1)
+            for part, x_NCHW in enumerate(x_PNCHW.unbind(0))
+        ]
+        return torch.stack(parts).permute(0, 1, 4, 2, 3)
 
     def extra_repr(self) -> str:
         shape = tuple(self.weight.shape)
@@ -89,8 +83,11 @@ class PartConv2d(PartLayer):
         )
 
 
-class PartBatchNorm2d(PartLayer):
-    """P batch normalisations, with or without scale and shift. Statistics and parameters (P, C)."""
+class PartBatchNorm2d(nn.Module):
+    """The parameters and running statistics of P batch normalisations, (P, C) each.
+
+    Whoever consumes the normalised map applies them (see `pnfs.kernels`).
+    """
 
     running_mean: Tensor
     running_var: Tensor
@@ -102,77 +99,125 @@ class PartBatchNorm2d(PartLayer):
         self.register_buffer("running_mean", torch.zeros(parts, channels))
         self.register_buffer("running_var", torch.ones(parts, channels))
 
-    def forward_part(self, x_NCHW: Tensor, part: int) -> Tensor:
-        return F.batch_norm(
-            x_NCHW,
-            self.running_mean[part],
-            self.running_var[part],
-            None if self.weight is None else self.weight[part],
-            None if self.bias is None else self.bias[part],
-            self.training,
-            BN_MOMENTUM,
-            BN_EPS,
-        )
+    def gather(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
+        """Statistics over all processes; a subclass that synchronises them overrides this."""
+        return mean, var, float(count)
+
+    def statistics(self, x_PNCHW: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, var) to normalise `x_PNCHW` with: the batch's while training, else the running.
+
+        Args:
+            x_PNCHW: the raw map.
+            mean, var: its statistics, (P, C), biased; unused (and empty) in evaluation mode.
+        """
+        if not self.training:
+            return self.running_mean, self.running_var
+        mean, var, count = self.gather(mean, var, x_PNCHW.numel() // max(1, mean.numel()))
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), BN_MOMENTUM)
+            unbiased = var.to(self.running_var.dtype) * (count / max(1.0, count - 1))
+            self.running_var.lerp_(unbiased, BN_MOMENTUM)
+        return mean, var
 
     def extra_repr(self) -> str:
         return f"{tuple(self.running_mean.shape)}, affine={self.weight is not None}"
 
 
-class PartFunction(PartLayer):
-    """A function without weights, the same for every part."""
+def convolve(
+    x: Tensor | Normalised,
+    pointwise: PartConv2d,
+    norm: PartBatchNorm2d,
+    depthwise: PartConv2d | None = None,
+) -> Normalised:
+    """[BN → ReLU →] [depthwise 3×3 →] 1×1, and what normalises the result.
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward_part(self, x_NCHW: Tensor, part: int) -> Tensor:
-        return self.function(x_NCHW)
-
-
-def depthwise_separable(parts: int, channels: int, *, dilation: int) -> list[nn.Module]:
-    """Depthwise 3×3 → 1×1 → BN without scale and shift → ReLU."""
-    return [
-        PartConv2d(parts, channels, channels, 3, dilation=dilation, groups=channels),
-        PartConv2d(parts, channels, channels, 1),
-        PartBatchNorm2d(parts, channels, affine=False),
-        PartFunction(F.relu),
-    ]
-
-
-def _average_pool(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _max_pool(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, stride=1, padding=1)
+    `x` with statistics is normalised and passed through a ReLU on load; a plain map is not.
+    """
+    raw, mean, var = x if isinstance(x, tuple) else (x, None, None)
+    y, mean_y, var_y = kernels.separable_conv(
+        raw,
+        pointwise.weight[..., 0, 0],
+        depthwise=None if depthwise is None else depthwise.weight[:, :, 0],
+        bias=pointwise.bias,
+        mean=mean,
+        var=var,
+        dilation=1 if depthwise is None else depthwise.dilation,
+        stats=norm.training,
+        eps=BN_EPS,
+    )
+    return y, *norm.statistics(y, mean_y, var_y)
 
 
-def _pool(function: Callable[[Tensor], Tensor], parts: int, channels: int) -> list[nn.Module]:
-    return [PartFunction(function), PartBatchNorm2d(parts, channels, affine=False)]
+def normalised(y: Tensor, norm: PartBatchNorm2d) -> Normalised:
+    """A raw map that no kernel of ours produced, and what normalises it."""
+    mean, var = kernels.batch_stats(y) if norm.training else (norm.running_mean, norm.running_var)
+    return y, *norm.statistics(y, mean, var)
 
 
-class Operation(nn.Sequential):
-    """One candidate operation of all P parts: a chain of `PartLayer`s, shape-preserving.
+class Separable(nn.Sequential):
+    """`count` times [depthwise 3×3 → 1×1 → BN without scale and shift → ReLU].
 
-    An empty chain is the identity.
+    The last ReLU is the consumer's (`relu`).
     """
 
-    def forward(self, x_PNCHW: Tensor) -> Tensor:
-        return over_parts(list(self), x_PNCHW) if len(self) else x_PNCHW
+    relu = True
+
+    def __init__(self, parts: int, channels: int, *, count: int, dilation: int) -> None:
+        layers: list[nn.Module] = []
+        for _ in range(count):
+            layers += [
+                PartConv2d(parts, channels, channels, 3, dilation=dilation, groups=channels),
+                PartConv2d(parts, channels, channels, 1),
+                PartBatchNorm2d(parts, channels, affine=False),
+                nn.ReLU(),
+            ]
+        super().__init__(*layers)
+
+    def forward(self, x_PNCHW: Tensor) -> Normalised:
+        """(P, N, C, H, W) → raw map of the same shape, mean and var (P, C)."""
+        layers = list(self)
+        result: Tensor | Normalised = x_PNCHW
+        for depthwise, pointwise, norm in zip(layers[::4], layers[1::4], layers[2::4], strict=True):
+            result = convolve(result, pointwise, norm, depthwise)  # type: ignore[arg-type]
+        assert isinstance(result, tuple)
+        return result
 
 
-_BUILDERS: dict[str, Callable[[int, int], list[nn.Module]]] = {
-    "skip": lambda parts, channels: [],
-    "separable": lambda parts, channels: (
-        depthwise_separable(parts, channels, dilation=1)
-        + depthwise_separable(parts, channels, dilation=1)
-    ),
-    "atrous": lambda parts, channels: depthwise_separable(parts, channels, dilation=2),
-    "avg_pool": lambda parts, channels: _pool(_average_pool, parts, channels),
-    "max_pool": lambda parts, channels: _pool(_max_pool, parts, channels),
+class Pool(nn.Sequential):
+    """3×3 pooling with stride 1 → BN without scale and shift."""
+
+    relu = False
+
+    def __init__(self, pool: nn.Module, parts: int, channels: int) -> None:
+        super().__init__(pool, PartBatchNorm2d(parts, channels, affine=False))
+
+    def forward(self, x_PNCHW: Tensor) -> Normalised:
+        """(P, N, C, H, W) → pooled map of the same shape, mean and var (P, C)."""
+        pool, norm = self
+        pooled = pool(x_PNCHW.flatten(0, 1)).unflatten(0, x_PNCHW.shape[:2])
+        assert isinstance(norm, PartBatchNorm2d)
+        return normalised(as_stacked(pooled), norm)
+
+
+def _average_pool(parts: int, channels: int) -> Pool:
+    return Pool(nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False), parts, channels)
+
+
+def _max_pool(parts: int, channels: int) -> Pool:
+    return Pool(nn.MaxPool2d(3, stride=1, padding=1), parts, channels)
+
+
+_BRANCHES: dict[str, Callable[[int, int], nn.Module]] = {
+    "separable": lambda parts, channels: Separable(parts, channels, count=2, dilation=1),
+    "atrous": lambda parts, channels: Separable(parts, channels, count=1, dilation=2),
+    "avg_pool": _average_pool,
+    "max_pool": _max_pool,
 }
 
 
-def build_operation(name: str, parts: int, channels: int) -> Operation | None:
-    """The candidate operation `name`; None for `zero`, which is 0 and costs nothing."""
-    return None if name == "zero" else Operation(*_BUILDERS[name](parts, channels))
+def build_branch(name: str, parts: int, channels: int) -> Separable | Pool | None:
+    """The candidate operation `name` as a branch: x → (raw map, mean, var), with `.relu`.
+
+    None for `zero` and `skip`, which compute nothing.
+    """
+    return None if name in ("zero", "skip") else _BRANCHES[name](parts, channels)  # type: ignore[return-value]

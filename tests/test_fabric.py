@@ -10,7 +10,8 @@ from pnfs.architecture import entropy, mixing_weights, randomize_
 from pnfs.backbones.fabric import FabricBackbone
 from pnfs.config import FABRIC_BACKBONES, OPERATIONS
 from pnfs.fabric import Fabric
-from pnfs.operations import build_operation, stack_parts
+from pnfs.kernels.checks import as_stacked
+from pnfs.operations import build_branch
 from pnfs.topology import build_topology
 
 CHANNELS = (24, 32, 96, 160)
@@ -38,37 +39,48 @@ def _take_part(stacked: Fabric, part: int, **kwargs: object) -> Fabric:
 
 
 @pytest.mark.parametrize(
-    ("parts", "training", "profile"),
-    [(1, True, "posenfs"), (3, False, "posenfs"), (3, True, "paper"), (8, True, "posenfs")],
+    ("parts", "training", "profile", "dtype"),
+    [
+        (1, True, "posenfs", torch.float64),
+        (3, False, "posenfs", torch.float32),
+        (3, True, "paper", torch.float64),
+        (8, True, "posenfs", torch.float64),
+        (8, False, "posenfs", torch.float32),
+    ],
 )
-def test_the_stacked_fabric_equals_separate_fabrics(parts, training, profile):
-    stacked = _fabric(parts, hidden=2, profile=profile).train(training)
+def test_the_stacked_fabric_equals_separate_fabrics(parts, training, profile, dtype):
+    """Batch statistics only in float64: a kernel's order of summing may depend on P, and the four
+    samples per channel of these small maps turn 1e-7 into 1e-5."""
+    stacked = _fabric(parts, hidden=2, profile=profile).train(training).to(dtype)
     separate = [
-        _take_part(stacked, p, hidden=2, profile=profile).train(training) for p in range(parts)
+        _take_part(stacked, p, hidden=2, profile=profile).train(training).to(dtype)
+        for p in range(parts)
     ]
-    pyramid = _pyramid()
+    pyramid = tuple(x.to(dtype) for x in _pyramid())
     (together,) = stacked(pyramid)
     apart = torch.cat([fabric(pyramid)[0] for fabric in separate])
     torch.testing.assert_close(together, apart, rtol=1e-6, atol=1e-6)
+    states = [fabric.state_dict() for fabric in separate]
     for key, tensor in stacked.state_dict().items():  # running statistics moved alike
-        alone = torch.cat([fabric.state_dict()[key] for fabric in separate])
+        alone = torch.cat([state[key] for state in states])
         torch.testing.assert_close(tensor, alone, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_of_the_stacked_fabric_equal_those_of_separate_fabrics():
-    stacked = _fabric(3)
-    separate = [_take_part(stacked, p) for p in range(3)]
-    pyramid = _pyramid()
+    stacked = _fabric(3).double()
+    separate = [_take_part(stacked, p).double() for p in range(3)]
+    pyramid = tuple(x.double() for x in _pyramid())
     stacked(pyramid)[0].square().mean().backward()
     for fabric in separate:
         (fabric(pyramid)[0].square().mean() / 3).backward()
+    named = [dict(fabric.named_parameters()) for fabric in separate]
     for name, parameter in stacked.named_parameters():
-        alone = [dict(fabric.named_parameters())[name].grad for fabric in separate]
+        alone = [parameters[name].grad for parameters in named]
         assert (parameter.grad is None) == (alone[0] is None)
         if parameter.grad is not None:
             scale = parameter.grad.abs().max().clamp_min(1e-6)
             torch.testing.assert_close(
-                parameter.grad / scale, torch.cat(alone) / scale, rtol=0, atol=1e-5
+                parameter.grad / scale, torch.cat(alone) / scale, rtol=0, atol=1e-6
             )
 
 
@@ -101,20 +113,21 @@ def test_a_mix_of_zero_alone_is_zero():
 
 
 def test_average_pooling_does_not_count_the_padding():
-    operation = build_operation("avg_pool", 1, 4)
-    assert operation is not None
+    branch = build_branch("avg_pool", 1, 4)
+    assert branch is not None
     ones = torch.ones(1, 2, 4, 5, 5)
-    torch.testing.assert_close(operation.eval()(ones), ones / (1 + 1e-5) ** 0.5)
+    torch.testing.assert_close(branch.eval()(ones)[0], ones)
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "zero"])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("zero", "skip")])
 @pytest.mark.parametrize("size", [(1, 1), (3, 5)])
-def test_operations_keep_the_shape_and_stay_channels_last(name, size):
-    operation = build_operation(name, 3, 4)
-    assert operation is not None
-    x = stack_parts([torch.randn(2, 4, *size) for _ in range(3)])
-    y = operation(x)
+def test_branches_keep_the_shape_and_stay_channels_last(name, size):
+    branch = build_branch(name, 3, 4)
+    assert branch is not None
+    x = as_stacked(torch.randn(3, 2, 4, *size))
+    y, mean, var = branch(x)
     assert y.shape == x.shape
+    assert mean.shape == var.shape == (3, 4)
     assert all(part.is_contiguous(memory_format=torch.channels_last) for part in y)
 
 

@@ -126,7 +126,12 @@ class Op:
         return wanted
 
     def __call__(self, *args: Any) -> Any:
-        return self.backends[self.choose(args)].fn(*args)
+        fn = self.backends[self.choose(args)].fn
+        device = device_type(args)
+        if torch.is_autocast_enabled(device):  # an op says itself what it computes in
+            with torch.autocast(device, enabled=False):
+                return fn(*args)
+        return fn(*args)
 
 
 def register_op(name: str, reference: Callable[..., Any]) -> Op:

@@ -226,7 +226,7 @@ def _cpp_backward(
         g.data_ptr(), g.stride(0), h.data_ptr(),
         checks.addresses(sources), [x.stride(0) for x in sources], transforms,
         [checks.addresses(items) for items in norms], weights.data_ptr(), relu, down_relu, eps,
-        checks.addresses(g_sources), checks.addresses(g_norms), g_weights.data_ptr(),
+        checks.addresses(g_sources), checks.addresses(g_norms.unbind(0)), g_weights.data_ptr(),
         tuple(h.shape), checks.DTYPE_CODES[h.dtype],
         shapes=f"h {tuple(h.shape)}",
     )  # fmt: skip

@@ -30,6 +30,9 @@ from pnfs.info import collect_info, cpu_name
 RESULTS = Path(__file__).resolve().parent / "results"
 ROUND_SECONDS = 2e-3  # a round repeats the call until it lasts this long
 ROUNDS = 30
+# Maps of the part fabrics of preset ours-1 at 256×192: (channels, height, width) of each level.
+FABRIC_LEVELS = ((64, 64, 48), (128, 32, 24), (256, 16, 12))
+PARTS = 3
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,37 @@ def backends(op: str) -> list[Any]:
     return found or [pytest.param("", "", marks=pytest.mark.skip(reason=reason))]
 
 
-def on_backend(backend: str, call: Callable[[], Any]) -> Callable[[], Any]:
+def on_backend(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
     """`call` under `use_backend(backend)`."""
 
-    def run() -> Any:
+    def run(*args: Any) -> Any:
         with kernels.use_backend(backend):
-            return call()
+            return call(*args)
 
     return run
+
+
+def forward_backward(run: Callable[..., Any], inputs: list[Tensor]) -> Callable[[], Any]:
+    """A call that gives the outputs of `run(*inputs)` and the gradients of all inputs.
+
+    The outputs' gradients are fixed random numbers, the same for every dtype.
+    """
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.no_grad():
+        shapes = [out.shape for out in _tuple(run(*leaves))]
+    generator = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(shape, generator=generator).to(inputs[0].device) for shape in shapes]
+
+    def call() -> tuple[Tensor, ...]:
+        outputs = _tuple(run(*leaves))
+        grads = [seed.to(out.dtype) for seed, out in zip(seeds, outputs, strict=True)]
+        return (*outputs, *torch.autograd.grad(outputs, leaves, grads))
+
+    return call
+
+
+def _tuple(output: Any) -> tuple[Tensor, ...]:
+    return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
 def error_of(output: Any, want: Any) -> float:

@@ -2,7 +2,8 @@
 // of an image at a time.
 //
 // A tile of C, kTileRows × kTileVecs vectors, is summed over k in registers. B is read in panels of
-// kPanel columns, so that a panel stays in the first-level cache while the tiles of its columns pass.
+// as many columns, so that a panel stays in the first-level cache while the tiles below each other
+// pass.
 //
 // Included by sources that are compiled once per instruction set, see cpu/simd.h.
 #pragma once
@@ -24,7 +25,8 @@ struct LeftMatrix {
 };
 
 // B(k, column) in panels: panel j has columns j·kPanel to j·kPanel + width, where width is kPanel,
-// or less in the last. It starts at data + j·panel_step, and its rows are k_step apart.
+// or less in the last. It starts at data + j·kPanel·panel_step, and its rows are k_step apart.
+// A matrix with adjacent columns has a panel_step of 1 and may be read in narrower panels.
 struct RightMatrix {
   const float* data;
   std::int64_t panel_step;
@@ -47,10 +49,12 @@ struct Prefetch {
   std::int64_t step;
 };
 
-// Spreads `bytes` over a product of this size.
+// Spreads `bytes` over a product of this size, in panels of kVecs vectors.
+template <int kVecs = kTileVecs>
 PNFS_INLINE Prefetch prefetch_during(const void* from, std::int64_t bytes, std::int64_t rows,
                                      std::int64_t columns, std::int64_t depth) {
-  const std::int64_t steps = larger(1, rows / kTileRows * (columns / kPanel) * depth);
+  const std::int64_t tiles = rows / kTileRows * (columns / (kVecs * kWidth));
+  const std::int64_t steps = larger(1, tiles * depth);
   return {static_cast<const char*>(from), (bytes + steps - 1) / steps};
 }
 
@@ -112,16 +116,19 @@ PNFS_INLINE void multiply_columns(LeftMatrix left, std::int64_t rows, const floa
   }
 }
 
-// C = start + A·B: `rows` rows, `columns` columns (a multiple of kWidth), `depth` terms.
+// C = start + A·B: `rows` rows, `columns` columns (a multiple of kWidth), `depth` terms. Panels of
+// kVecs vectors: narrow ones suit a C that is read and written at a small depth.
+template <int kVecs = kTileVecs>
 void multiply(LeftMatrix left, RightMatrix right, ResultMatrix result, std::int64_t rows,
               std::int64_t columns, std::int64_t depth, Prefetch prefetch) {
-  static_assert(kTileVecs == 4 || kTileVecs == 2, "the tails below are made for these");
-  for (std::int64_t first = 0; first < columns; first += kPanel) {
-    const std::int64_t width = smaller(kPanel, columns - first);
+  static_assert(kVecs == 4 || kVecs == 2, "the tails below are made for these");
+  constexpr std::int64_t kColumns = kVecs * kWidth;
+  for (std::int64_t first = 0; first < columns; first += kColumns) {
+    const std::int64_t width = smaller(kColumns, columns - first);
     const std::int64_t step = right.k_step == 0 ? width : right.k_step;
-    const float* b = right.data + first / kPanel * right.panel_step;
-    if (width == kPanel) {
-      multiply_columns<kTileVecs>(left, rows, b, step, depth, result, first, prefetch);
+    const float* b = right.data + first * right.panel_step;
+    if (width == kColumns) {
+      multiply_columns<kVecs>(left, rows, b, step, depth, result, first, prefetch);
       continue;
     }
     std::int64_t done = 0;

@@ -25,7 +25,7 @@ constexpr std::int64_t kItems = 24;            // pieces of work that let thread
 constexpr std::int64_t kFewItems = 8;
 constexpr std::int64_t kPiecePixels = 384;  // of a piece: enough to make its weight gradient pay
 constexpr std::int64_t kPartialFloats = 1 << 22;  // of all pieces' weight gradients together
-constexpr std::int64_t kStreamBytes = 8 << 20;    // results from this size on bypass the caches
+constexpr std::int64_t kStreamBytes = 1 << 20;    // results from this size on bypass the caches
 constexpr Address kLine = 64;
 
 struct Problem {

@@ -130,7 +130,7 @@ void pixel_without_bias(const SeparableShape& shape, const Sizes& sizes, const S
     }
     store(t + channel, sum);
   }
-  multiply({t, 0, 1}, {part.pointwise, kPanel * shape.c, 0}, {out, 0, zeros, 0}, 1, sizes.o,
+  multiply({t, 0, 1}, {part.pointwise, shape.c, 0}, {out, 0, zeros, 0}, 1, sizes.o,
            shape.c, {reinterpret_cast<const char*>(t), 0});
 }
 
@@ -220,7 +220,7 @@ void forward_band(const SeparableShape& shape, const SeparablePart& part, const 
     }
     const auto next = prefetch_during(x + loaded * x_row, sizes.rows * x_row * sizeof(T), pixels,
                                       sizes.o, shape.c);
-    multiply({t, sizes.c_step, 1}, {part.pointwise, kPanel * shape.c, 0},
+    multiply({t, sizes.c_step, 1}, {part.pointwise, shape.c, 0},
              {block, sizes.o_step, zeros, 0}, pixels, sizes.o, shape.c, next);
     store_y(shape, sizes, part, band, block, pixels, y + row * shape.w * shape.o);
   }
@@ -385,7 +385,7 @@ struct BackwardWork {
 
   // t's gradient = g · pointwise for `pixels` pixels; meanwhile fetches the next block's gy.
   void pointwise_gradient(const float* from, std::int64_t pixels, float* to, Prefetch& next) {
-    multiply({from, sizes.o_step, 1}, {part.pointwise, kPanel * shape.o, 0},
+    multiply({from, sizes.o_step, 1}, {part.pointwise, shape.o, 0},
              {to, sizes.c_step, zeros, 0}, pixels, sizes.c, shape.o, next);
     next.at += next.step * shape.o * (pixels / kTileRows) * (sizes.c / kPanel);
   }
@@ -393,10 +393,11 @@ struct BackwardWork {
   // The weights' gradient (O, C) += gᵀ · t; meanwhile fetches the next block's y.
   void weight_gradient(const float* from, std::int64_t pixels, std::int64_t next_row) {
     const std::int64_t bytes = shape.stats ? sizes.pixels * shape.o * sizeof(T) : 0;
-    multiply({from, 1, sizes.o_step}, {t, kPanel, sizes.c_step},
-             {band.pointwise, sizes.c, fresh ? zeros : band.pointwise, fresh ? 0 : sizes.c},
-             shape.o, sizes.c, pixels,
-             prefetch_during(shape.stats ? y + y_at(next_row) : y, bytes, shape.o, sizes.c, pixels));
+    const T* next = shape.stats ? y + y_at(next_row) : y;
+    multiply<2>({from, 1, sizes.o_step}, {t, 1, sizes.c_step},
+                {band.pointwise, sizes.c, fresh ? zeros : band.pointwise, fresh ? 0 : sizes.c},
+                shape.o, sizes.c, pixels,
+                prefetch_during<2>(next, bytes, shape.o, sizes.c, pixels));
     fresh = false;
   }
 

@@ -30,7 +30,7 @@ def squash_score(vectors_NkDHW: Tensor) -> Tensor:
 def merge_parts(
     vectors: Sequence[Tensor], part_table: Mapping[str, Sequence[int]], num_keypoints: int
 ) -> Tensor:
-    """Score maps of all keypoints, summed over the parts that predict each (the inner sum of Eq. 6).
+    """Score maps of all keypoints, summed over the parts that predict each (Eq. 6, inner sum).
 
     Args:
         vectors: per part (N, k, D, H, W), before the squash. D = 1 is a plain score map ("vector in
@@ -46,19 +46,21 @@ def merge_parts(
     for part_scores, keypoints in zip(scores, part_table.values(), strict=True):
         for column, keypoint in enumerate(keypoints):
             by_keypoint[keypoint].append(part_scores[:, column])
-    merged = [cast(Tensor, sum(maps[1:], maps[0])) for maps in by_keypoint]
+    merged = [sum(maps[1:], maps[0]) for maps in by_keypoint]
     return torch.stack(merged, dim=1)
 
 
 class VectorHead(nn.Module):
-    """Per part: ReLU → 1×1 convolution with bias → k·D channels, channel = keypoint·D + component."""
+    """Per part: ReLU → 1×1 convolution with bias → channel = keypoint·D + component."""
 
     def __init__(self, in_channels: int, keypoint_counts: Sequence[int], vector_dim: int) -> None:
         super().__init__()
         self.vector_dim = vector_dim
-        self.convs = nn.ModuleList(nn.Conv2d(in_channels, k * vector_dim, 1) for k in keypoint_counts)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(in_channels, k * vector_dim, 1) for k in keypoint_counts
+        )
         for conv in self.convs:
-            # Scores of about 0.1 at the start: a zero vector has no gradient, a long one a small one.
+            # Scores of about 0.1 at the start: a zero vector has no gradient, a long one little.
             nn.init.normal_(cast(nn.Conv2d, conv).weight, std=0.02)
             nn.init.zeros_(cast(Tensor, conv.bias))
 
@@ -71,12 +73,17 @@ class VectorHead(nn.Module):
 
 
 def render_targets(
-    joints: Tensor, size: tuple[int, int], *, sigma: float, stride: int = 4, dtype: torch.dtype | None = None
+    joints: Tensor,
+    size: tuple[int, int],
+    *,
+    sigma: float,
+    stride: int = 4,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gaussian score maps with peak 1 at each joint's cell: exp(-r² / 2σ²).
 
-    The cell is min(int(x / stride + ½), size - 1) on each axis, as in the published code; the formula
-    itself is rendered (the published code blurs a delta, which is wrong near the border).
+    The cell is min(int(x / stride + ½), size - 1) on each axis, as in the published code; the
+    formula itself is rendered (the published code blurs a delta, which is wrong near the border).
 
     Args:
         joints: (N, K, 2) x, y in network-input pixels.
@@ -117,7 +124,9 @@ def heatmap_loss(scores: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return 0.5 * (per_joint * weight).mean()
 
 
-def pose_loss(model: nn.Module, images: Tensor, joints: Tensor, weights: Tensor, *, sigma: float) -> Tensor:
+def pose_loss(
+    model: nn.Module, images: Tensor, joints: Tensor, weights: Tensor, *, sigma: float
+) -> Tensor:
     """The training loss of a batch (Eq. 6).
 
     Args:
@@ -128,5 +137,7 @@ def pose_loss(model: nn.Module, images: Tensor, joints: Tensor, weights: Tensor,
         sigma: of the Gaussian targets, in score-map pixels.
     """
     scores = model(images)
-    target = render_targets(joints, (scores.shape[2], scores.shape[3]), sigma=sigma, dtype=torch.float32)
+    target = render_targets(
+        joints, (scores.shape[2], scores.shape[3]), sigma=sigma, dtype=torch.float32
+    )
     return heatmap_loss(scores, target, weights)

@@ -28,7 +28,9 @@ def test_keypoints_of_several_parts_are_summed():
     parts = {"upper": (0, 1), "lower": (1, 2)}
     vectors = [torch.randn(2, 2, 4, 3, 3) for _ in parts]
     scores = merge_parts(vectors, parts, 3)
-    torch.testing.assert_close(scores[:, 1], squash_score(vectors[0])[:, 1] + squash_score(vectors[1])[:, 0])
+    torch.testing.assert_close(
+        scores[:, 1], squash_score(vectors[0])[:, 1] + squash_score(vectors[1])[:, 0]
+    )
     torch.testing.assert_close(scores[:, 2], squash_score(vectors[1])[:, 1])
 
 
@@ -75,6 +77,8 @@ def test_masked_joints_stay_in_the_denominator():
     scores, target = torch.rand(2, 4, 3, 5), torch.rand(2, 4, 3, 5)
     weight = torch.tensor([[1.0, 0, 1, 1], [0, 0, 1, 1]])
     by_hand = sum(
-        0.5 * weight[n, k] * (scores[n, k] - target[n, k]).square().mean() for n in range(2) for k in range(4)
+        0.5 * weight[n, k] * (scores[n, k] - target[n, k]).square().mean()
+        for n in range(2)
+        for k in range(4)
     )
     torch.testing.assert_close(heatmap_loss(scores, target, weight), by_hand / 8)

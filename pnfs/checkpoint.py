@@ -14,7 +14,6 @@ like, so a damaged one is recognised and the one before it is used.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -132,17 +131,26 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def load_checkpoint(run: Path, *, warn: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint of a run that is whole, or None if there is none.
+    """The newest checkpoint of a run that is whole, or None for a run without checkpoints.
 
     Damaged ones that are newer are named through `warn`, one line each, and left where they are.
+
+    Raises:
+        PnfsError: there are checkpoints, and none can be read.
     """
-    for folder in reversed(list_checkpoints(run)):
+    folders = list_checkpoints(run)
+    for folder in reversed(folders):
         problem = _problem(folder)
         if problem is None:
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
             training = unpack(state["training"], read_tensors(folder / TRAINING))
             return Checkpoint(folder, state["step"], read_tensors(folder / MODEL), training)
         warn(f"warning: checkpoint {folder} is damaged ({problem}); using the one before it")
+    if folders:
+        raise PnfsError(
+            f"{run}: no checkpoint can be read, the newest is {folders[-1].name} "
+            f"({_problem(folders[-1])}); restore one, or start again with --overwrite"
+        )
     return None
 
 
@@ -219,10 +227,11 @@ def find_weights(run_or_file: str | Path) -> Path:
         raise PnfsError(
             f"{path}: no such run folder or file; check the path{did_you_mean(path.name, siblings)}"
         )
-    candidates = [path / MODEL, *(folder / MODEL for folder in reversed(list_checkpoints(path)))]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+    if (path / MODEL).is_file():
+        return path / MODEL
+    for folder in reversed(list_checkpoints(path)):
+        if _problem(folder) is None:
+            return folder / MODEL
     raise PnfsError(
         f"{path}: not a run with a model (it holds neither {MODEL} nor checkpoints/); "
         "give the folder that `pnfs train --out` wrote"
@@ -262,7 +271,13 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     Files hold contiguous tensors; fused optimisers and bit-for-bit resumption want the strides that
     an uninterrupted run would have.
     """
-    optimizer.load_state_dict(dict(state))
+    try:
+        optimizer.load_state_dict(dict(state))
+    except ValueError as error:
+        raise PnfsError(
+            f"the checkpoint's optimiser does not fit this model and strategy ({error}); resume "
+            "with the settings that the run was started with"
+        ) from None
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             same_shape = isinstance(value, Tensor) and value.shape == parameter.shape
@@ -293,4 +308,4 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 def is_run(path: Path) -> bool:
     """Whether `path` is a folder that a training run wrote (or began to write)."""
-    return os.path.isfile(path / "config.yaml") and os.path.isfile(path / "run.json")
+    return (path / "run.json").is_file()

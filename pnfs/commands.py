@@ -15,6 +15,7 @@ from pnfs.evaluation import EvalResult, evaluate
 from pnfs.predict import PredictReport, predict
 from pnfs.runlog import run_config
 from pnfs.runtime import keep_heap, select_device
+from pnfs.statefile import make_folder
 from pnfs.train import train
 
 DATASETS = ("coco", "mpii", "synthetic")
@@ -113,6 +114,8 @@ def eval_command(
     config = override_config(read_metadata(find_weights(run))[0], [*overrides, *settings])
     chosen = select_device(device)
     people = load_people(config.data, config.model.skeleton_table, "val")
+    if out is not None:
+        make_folder(out)  # before the work whose results go there
     result = evaluate(load_model(run, chosen), people, config, device=chosen, precision=precision)
     print(result.text())
     if out is not None:

@@ -70,6 +70,13 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
+def copy_from_first(tensors: list[Tensor]) -> None:
+    """Overwrite `tensors` with those of rank 0, in place."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Element-wise sums over all ranks, in float64."""
     if world() == 1:

@@ -22,7 +22,7 @@ from pnfs.checkpoint import MODEL, is_run
 from pnfs.config import Config, dump_config, load_config
 from pnfs.errors import PnfsError
 from pnfs.info import package_versions
-from pnfs.statefile import reason, sync_folder, write_json, write_text
+from pnfs.statefile import is_unfinished, reason, sync_folder, write_json, write_text
 
 CONFIG, RUN, METRICS, LOCK = "config.yaml", "run.json", "metrics.jsonl", ".lock"
 
@@ -30,8 +30,9 @@ CONFIG, RUN, METRICS, LOCK = "config.yaml", "run.json", "metrics.jsonl", ".lock"
 def open_run(out: Path, *, resume: bool, overwrite: bool) -> IO[str]:
     """Claim a run folder for writing; it stays claimed until the returned lock file is closed.
 
-    A fresh run needs an empty or absent folder, or `overwrite`, which removes what a run wrote and
-    nothing else. The lock dies with its process, so a killed run leaves no stale one.
+    A fresh run needs an empty or absent folder, or one with a run and `overwrite`; nothing is
+    removed here (see `discard_run`). The lock dies with its process, so a killed run leaves no
+    stale one.
 
     Raises:
         PnfsError: the folder is not empty, not a run, in use by another process, or unwritable.
@@ -42,7 +43,7 @@ def open_run(out: Path, *, resume: bool, overwrite: bool) -> IO[str]:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        occupied = any(entry.name != LOCK for entry in out.iterdir())
+        occupied = any(entry.name != LOCK and not is_unfinished(entry) for entry in out.iterdir())
         if occupied and not resume and not overwrite:
             raise PnfsError(
                 f"{out}: not empty; add --resume to continue the run in it, --overwrite to discard "
@@ -56,12 +57,17 @@ def open_run(out: Path, *, resume: bool, overwrite: bool) -> IO[str]:
             f"{out}: cannot be written ({reason(error)}); choose another --out"
         ) from None
     _lock(lock, out)
-    if occupied and overwrite and not resume:
-        for name in (CONFIG, RUN, METRICS, MODEL):
-            (out / name).unlink(missing_ok=True)
-        for folder in ("checkpoints", "tensorboard"):
-            shutil.rmtree(out / folder, ignore_errors=True)
+    for entry in filter(is_unfinished, out.iterdir()):
+        entry.unlink(missing_ok=True)
     return lock
+
+
+def discard_run(out: Path) -> None:
+    """Remove what a run wrote into `out`, and nothing else."""
+    for name in (CONFIG, RUN, METRICS, MODEL):
+        (out / name).unlink(missing_ok=True)
+    for folder in ("checkpoints", "tensorboard"):
+        shutil.rmtree(out / folder, ignore_errors=True)
 
 
 def _lock(lock: IO[str], out: Path) -> None:
@@ -120,8 +126,8 @@ def write_record(out: Path, config: Config, *, device: str, world: int, step: in
             "versions": package_versions(),
         }
     )
+    write_json(path, {"starts": starts})  # first: it marks the folder as a run's (`is_run`)
     write_text(out / CONFIG, dump_config(config))
-    write_json(path, {"starts": starts})
 
 
 def git_commit() -> str | None:

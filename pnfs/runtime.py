@@ -88,6 +88,8 @@ class StopSignals:
         """For work that may be thrown away: a signal ends it where it stands."""
         self._raise = True
         try:
+            if self.name is not None:  # it came a moment before
+                raise StoppedBySignal
             yield
         finally:
             self._raise = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -102,6 +103,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether `path` is a temporary file that a killed `write_atomically` left behind."""
+    return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file()
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk and rename it into place.
 
@@ -138,6 +144,22 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, tree: Any) -> None:
     """Write `tree` as indented JSON, atomically."""
     write_text(path, json.dumps(tree, indent=1) + "\n")
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output folder and see that it can be written, before any work is done.
+
+    Raises:
+        PnfsError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PnfsError(
+            f"{folder}: cannot be written ({reason(error)}); choose another --out"
+        ) from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

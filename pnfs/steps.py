@@ -126,10 +126,11 @@ class Stepper:
         keypoints = self.config.model.skeleton_table.num_keypoints
         images = torch.zeros(2, 3, *self.config.model.input_size, device=self.device)
         joints = torch.zeros(2, keypoints, 2, device=self.device)
+        before = [buffer.clone() for buffer in self.buffers]
         loss = self.loss_module(images, joints, torch.ones(2, keypoints, device=self.device))
         trained = [parameter for parameter in self.trained if parameter.requires_grad]
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        torch._foreach_copy_(self.buffers, self.buffers_before)
+        torch._foreach_copy_(self.buffers, before)
         for parameter, gradient in zip(trained, gradients, strict=True):
             if gradient is None:
                 parameter.requires_grad_(False)
@@ -203,10 +204,10 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         limit = self.config.train.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(self.trained, limit or math.inf)
-        # With fp16 an overflow is normal: the scaler skips the step and lowers its scale.
-        if finite_loss and (self.scaler.is_enabled() or math.isfinite(norm.item())):
+        taken = finite_loss and math.isfinite(norm.item())
+        if taken:
             self.scaler.step(self.optimizer)
-            self.scaler.update()
-            return True
-        torch._foreach_copy_(self.buffers, self.buffers_before)
-        return False
+        else:
+            torch._foreach_copy_(self.buffers, self.buffers_before)
+        self.scaler.update()  # after an overflow of fp16 gradients this lowers the scale
+        return taken

@@ -34,8 +34,9 @@ from pnfs.config import Config
 from pnfs.data import Batch, PeopleDataset, load_people, make_loader
 from pnfs.errors import PnfsError
 from pnfs.evaluation import evaluate
+from pnfs.evaluation.pckh import PCKH_10, PCKH_50
 from pnfs.model import build_model
-from pnfs.runlog import Metrics, Screen, open_run, write_record
+from pnfs.runlog import Metrics, Screen, discard_run, open_run, write_record
 from pnfs.runtime import StoppedBySignal, StopSignals, select_device
 from pnfs.schedule import learning_rate
 from pnfs.search import build_strategy
@@ -43,8 +44,8 @@ from pnfs.steps import Clock, Stepper
 
 MAX_NONFINITE = 20  # steps in a row without a finite loss before the run stops
 LOG_EVERY = 20  # steps between rows of metrics.jsonl
-MAIN_METRICS = ("AP", "Mean@0.5")  # what "best" means: the first that the evaluation gives
-SHOWN_METRICS = ("AP", "AP50", "AP75", "AR", "Mean@0.5")
+MAIN_METRICS = ("AP", PCKH_50)  # what "best" means: the first that the evaluation gives
+SHOWN_METRICS = ("AP", "AP50", "AP75", "AR", PCKH_50, PCKH_10)
 
 
 @dataclass
@@ -138,6 +139,7 @@ class _Trainer:
     ) -> None:
         self.started = time.monotonic()
         self.config, self.out, self.device, self.quiet = config, out, device, quiet
+        self.resume = resume
         self.rank, self.world = distributed.rank(), distributed.world()
         self.strategy = build_strategy(config)
         self.people, self.held_out = self._read_people()
@@ -177,6 +179,8 @@ class _Trainer:
         config, progress, loader = self.config, self.progress, self.loader
         self.metrics: Metrics | None = None
         if not self.rank:
+            if not self.resume:  # everything that can be refused has been read by now
+                discard_run(self.out)
             drop_checkpoints_after(self.out, self.resumed_from)
             write_record(
                 self.out, config, device=str(self.device), world=self.world, step=progress.step
@@ -209,6 +213,11 @@ class _Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         say = self.screen.line
         say(f"train: {len(self.people)} people of {self.people.source}")
+        if self.people.broken:
+            say(
+                f"left out: {len(self.people.broken)} broken annotations, the first: "
+                f"{self.people.broken[0]}"
+            )
         say(f"val:   {len(self.held_out)} people of {self.held_out.source}")
         say(
             f"model: {parameters:,} parameters, strategy {self.strategy.name}, "
@@ -256,6 +265,8 @@ class _Trainer:
             batches, count, index=progress.step, total=self.total_steps, learning_rate=rate
         )
         progress.step += 1
+        for problem in self.loader.new_problems():
+            self.screen.line(f"left out: {problem}")
         self.clock.add(result)
         if result.taken:
             progress.nonfinite_in_a_row = 0
@@ -293,6 +304,7 @@ class _Trainer:
     def _evaluate(self, epoch: int) -> bool:
         """Score the held-out people; keep the weights if they are best. False if interrupted."""
         started = time.monotonic()
+        distributed.copy_from_first(list(self.model.buffers()))  # score what is saved
         try:
             with self.signals.at_once():
                 metrics = evaluate(

@@ -27,6 +27,7 @@ from pnfs.errors import PnfsError
 __all__ = ["Batch", "Loader", "make_loader"]
 
 Item = tuple[int, int]  # epoch, index into the people
+MAX_NAMED = 20  # broken samples that are named one by one; the rest are only counted
 
 
 class ShardedSampler(Sampler[list[Item]]):
@@ -156,6 +157,8 @@ class Loader:
         self.skipped = 0  # broken samples since the start of training
         self.skipped_in_epoch = 0
         self.first_problem: str | None = dataset.broken[0] if dataset.broken else None
+        self._named: set[str] = set()
+        self._unreported: list[str] = []
         self._loader: DataLoader[Any] = DataLoader(
             _Samples(maker, sampler.train),
             batch_sampler=sampler,
@@ -208,6 +211,11 @@ class Loader:
         self.seek(state["epoch"], state["consumed"])
         self.skipped, self.skipped_in_epoch = state["skipped"], state["skipped_in_epoch"]
 
+    def new_problems(self) -> list[str]:
+        """One line for each sample left out since the last call, each once, `MAX_NAMED` in all."""
+        lines, self._unreported = self._unreported, []
+        return lines
+
     def __iter__(self) -> Iterator[Batch]:
         sampler = self._sampler
         for batch in self._loader:
@@ -225,6 +233,9 @@ class Loader:
         self.skipped += batch.skipped
         self.skipped_in_epoch += batch.skipped
         self.first_problem = self.first_problem or batch.problems[0]
+        new = [problem for problem in batch.problems if problem not in self._named]
+        self._named.update(new[: MAX_NAMED - len(self._named)])
+        self._unreported += [problem for problem in new if problem in self._named]
         self._check_skipped()
 
     def _check_skipped(self) -> None:

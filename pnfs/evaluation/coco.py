@@ -21,7 +21,7 @@ from pnfs.data.records import read_json, section
 from pnfs.errors import PnfsError
 from pnfs.kernels import oks_nms
 from pnfs.skeleton import Skeleton
-from pnfs.statefile import write_atomically
+from pnfs.statefile import write_text
 
 COCO_METRICS = (
     "AP", "AP50", "AP75", "AP(M)", "AP(L)", "AR", "AR50", "AR75", "AR(M)", "AR(L)",
@@ -226,12 +226,3 @@ def coco_ap(
         scorer.accumulate()
         scorer.summarize()
     return {name: float(value) for name, value in zip(COCO_METRICS, scorer.stats, strict=True)}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, atomically."""
-
-    def fill(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, fill)

@@ -30,10 +30,9 @@ from pnfs.evaluation.coco import (
     rescore,
     results_format,
     write_results,
-    write_text,
 )
 from pnfs.evaluation.pckh import HEAD_SCALE, LEFT_OUT_OF_MEAN, pckh
-from pnfs.statefile import reason, write_json
+from pnfs.statefile import reason, write_json, write_text
 
 Progress = Callable[[int, int], None]  # people done, people in all (of this process)
 

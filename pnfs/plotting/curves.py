@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pnfs.errors import PnfsError
+from pnfs.evaluation.pckh import PCKH_10, PCKH_50
 from pnfs.plotting.style import FAINT, SOFT, drawing, save_figure
 from pnfs.runlog import METRICS
 
-SCORES = ("AP", "AP50", "Mean@0.5", "Mean@0.1 (<=0.10)")  # shown if there, of one run
+SCORES = ("AP", "AP50", PCKH_50, PCKH_10)  # shown if there, of one run
 # The parts' palette, darkest first and without yellow, which does not read as a line on white.
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
 LINE_STYLES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))

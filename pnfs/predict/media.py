@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,22 +167,6 @@ class VideoWriter:
                     f"{self.path}: video cannot be written; choose another --out or extract frames"
                 )
         self._writer.write(pixels)
-
-
-def make_folder(folder: Path) -> None:
-    """Make the output folder and see that it can be written, before any work is done.
-
-    Raises:
-        PnfsError: it cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PnfsError(
-            f"{folder}: cannot be written ({reason(error)}); choose another --out"
-        ) from None
 
 
 def drawing_path(folder: Path, name: str) -> Path:

@@ -26,10 +26,10 @@ from pnfs.predict.media import (
     image_numbers,
     image_paths,
     is_video,
-    make_folder,
     read_images,
     write_image,
 )
+from pnfs.statefile import make_folder
 
 RESULTS = "predictions.json"
 _IMAGES_AT_ONCE = 16  # held in memory, however few boxes they have

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,11 +96,21 @@ def test_resuming_before_the_first_checkpoint_starts_over(people: Path, tmp_path
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(config, whole, quiet=True)
     train(config, killed, quiet=True, stop_at=1)
-    for path in list_checkpoints(killed):
-        (path / "state.json").unlink()
+    shutil.rmtree(killed / "checkpoints")
     (killed / "metrics.jsonl").write_text('{"event": "train", "step": 1')
     train(config, killed, resume=True, quiet=True)
     assert_same_run(whole, killed)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(
+    people: Path, tmp_path: Path
+) -> None:
+    config = small_config(people)
+    train(config, tmp_path / "run", quiet=True, stop_at=1)
+    (list_checkpoints(tmp_path / "run")[-1] / "state.json").unlink()
+    with pytest.raises(PnfsError, match=r"no checkpoint can be read.*state\.json"):
+        train(config, tmp_path / "run", resume=True, quiet=True)
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
 def test_a_finished_run_trains_on_with_more_epochs(people: Path, tmp_path: Path) -> None:

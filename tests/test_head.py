@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from pnfs.head import VectorHead, heatmap_loss, merge_parts, render_targets, squash_score
+from pnfs.config import load_config
+from pnfs.head import (
+    VectorHead,
+    heatmap_loss,
+    merge_parts,
+    pose_loss,
+    render_targets,
+    squash_score,
+)
+from pnfs.kernels import native, use_backend
+from pnfs.model import build_model
 
 
 def test_the_score_is_the_length_of_the_squashed_vector():
@@ -82,3 +92,38 @@ def test_masked_joints_stay_in_the_denominator():
         for k in range(4)
     )
     torch.testing.assert_close(heatmap_loss(scores, target, weight), by_hand / 8)
+
+
+@pytest.mark.skipif(
+    not native.has_function("_cpu", "vector_heatmap_loss")[0], reason="pnfs._cpu is not built"
+)
+@pytest.mark.parametrize("override", ["model.parts=3", "model.parts=8", "model.vector_dim=1"])
+def test_a_training_step_through_the_kernels_equals_that_of_the_reference(override):
+    """Loss and every gradient. The rest of the model runs on the reference both times."""
+    model = build_model(load_config("tiny", [override]).model)
+    images = torch.randn(2, 3, 128, 96)
+    joints, weights = torch.rand(2, 17, 2) * 100 - 2, (torch.rand(2, 17) < 0.7).float()
+    results = {}
+    for backend in ("torch", "cpp"):
+        ops = {"*": "torch", "vector_heatmap_loss": backend}
+        with use_backend(ops):
+            loss = pose_loss(model, images, joints, weights, sigma=2.0)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+        results[backend] = loss.item(), gradients
+    (want, reference), (have, gradients) = results["torch"], results["cpp"]
+    assert have == pytest.approx(want, rel=1e-6)
+    # A bias before a batch normalisation has gradient 0 and rounding errors, hence the floor.
+    floor = 1e-4 * torch.stack([gradient.norm() for gradient in reference]).norm()
+    for one, other in zip(gradients, reference, strict=True):
+        assert (one - other).norm() < 1e-4 * other.norm().clamp(min=floor)
+
+
+def test_the_loss_of_the_vectors_is_the_loss_of_the_score_maps():
+    model = build_model(load_config("tiny", ["model.parts=5"]).model).eval()
+    images, joints = torch.randn(2, 3, 64, 96), torch.rand(2, 17, 2) * 64
+    weights = (torch.rand(2, 17) < 0.7).float()
+    with torch.no_grad():
+        target = render_targets(joints, (16, 24), sigma=3.0)
+        want = heatmap_loss(model(images), target, weights)
+        loss = pose_loss(model, images, joints, weights, sigma=3.0)
+    torch.testing.assert_close(loss, want)

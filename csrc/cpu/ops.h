@@ -13,6 +13,7 @@ namespace pnfs {
 using Address = std::uintptr_t;
 using Addresses = std::vector<Address>;
 using Integers = std::vector<std::int64_t>;
+using Strides5 = std::array<std::int64_t, 5>;  // in elements
 
 // Contiguous arrays; `bytes` is the length of `pixels`. See pnfs/kernels/crop_normalize.py.
 // Throws std::out_of_range when a crop does not lie within `pixels`.
@@ -33,6 +34,34 @@ void decode_heatmaps(Address heatmaps, const std::array<std::int64_t, 4>& stride
 std::int64_t oks_nms(Address points, Address scores, Address areas, Address sigmas, Address groups,
                      Address keep, std::int64_t n, std::int64_t k, double threshold,
                      bool skip_after_removal);
+
+// Keypoint vectors: per part an address, strides (n, keypoint, component, y, x) and the number of
+// its keypoints; `keypoints` are those of all parts back to back; `size` is N, K, d, h, w. Gradients
+// have an address and strides per part, or the lists are empty: none is wanted. Either all
+// components or all pixels are adjacent. `scores` and `grad_scores`: contiguous (N, K, h, w) of
+// `dtype` (float32, bfloat16). See pnfs/kernels/vector_heatmap.py.
+void vector_heatmap(const std::vector<Address>& vectors, const std::vector<Strides5>& strides,
+                    const std::vector<std::int64_t>& counts,
+                    const std::vector<std::int64_t>& keypoints, Address scores,
+                    const std::array<std::int64_t, 5>& size, int dtype);
+void vector_heatmap_backward(const std::vector<Address>& vectors,
+                             const std::vector<Strides5>& strides,
+                             const std::vector<Address>& gradients,
+                             const std::vector<Strides5>& gradient_strides,
+                             const std::vector<std::int64_t>& counts,
+                             const std::vector<std::int64_t>& keypoints, Address grad_scores,
+                             const std::array<std::int64_t, 5>& size, int dtype);
+
+// The same vectors; `joints` (N, K, 2), `weights` (N, K) and the scalar `loss` are contiguous
+// float32; `gain` multiplies the gradients, not the loss. See pnfs/kernels/vector_heatmap_loss.py.
+void vector_heatmap_loss(const std::vector<Address>& vectors, const std::vector<Strides5>& strides,
+                         const std::vector<Address>& gradients,
+                         const std::vector<Strides5>& gradient_strides,
+                         const std::vector<std::int64_t>& counts,
+                         const std::vector<std::int64_t>& keypoints, Address joints,
+                         Address weights, Address loss, const std::array<std::int64_t, 5>& size,
+                         float sigma, float stride, float gain, int dtype);
+
 // `tensors`: x, pointwise, depthwise, bias, mean, var, y, mean_y, var_y. x and y are of `dtype`
 // (float32, bfloat16) and channels-last inside a part; the others are contiguous float32. depthwise,
 // bias, mean with var, and mean_y with var_y may be 0. `size`: P, N, C, O, H, W, elements from part to

@@ -14,6 +14,8 @@ from pnfs.kernels.oks_nms import oks_matrix, oks_nms
 from pnfs.kernels.registry import dispatch, explain, ops, use_backend
 from pnfs.kernels.scale_mix import scale_mix
 from pnfs.kernels.separable_conv import separable_conv
+from pnfs.kernels.vector_heatmap import vector_heatmap
+from pnfs.kernels.vector_heatmap_loss import vector_heatmap_loss
 
 __all__ = [
     "batch_stats",
@@ -28,4 +30,6 @@ __all__ = [
     "scale_mix",
     "separable_conv",
     "use_backend",
+    "vector_heatmap",
+    "vector_heatmap_loss",
 ]

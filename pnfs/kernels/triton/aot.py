@@ -34,8 +34,9 @@ class Variant:
     Attributes:
         kernel: the `triton.jit` function.
         name: what is special about this one, for the table.
-        args: argument name -> "*fp32" and the like for a tensor, or an int or float. As a launch
-            does, tensors count as aligned to 16 bytes, 1 is built in, multiples of 16 are noted.
+        args: argument name -> "*fp32" and the like for a tensor, an int or float, or a tuple of
+            such. As a launch does, tensors count as aligned to 16 bytes, 1 is built in, multiples
+            of 16 are noted.
         constants: the `tl.constexpr` arguments.
         num_warps: warps per program.
     """
@@ -74,19 +75,15 @@ def compile_variant(op: str, variant: Variant, arch: int) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    values = {**variant.args, **variant.constants}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, name in enumerate(variant.kernel.arg_names):
-        value = values[name]
-        if name in variant.constants or value == 1:
+        if name in variant.constants:
             signature[name] = "constexpr"
-            constants[name] = value
-            continue
-        signature[name] = _type_name(value)
-        if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            constants[(index,)] = variant.constants[name]
+        else:
+            signature[name] = _describe((index,), variant.args[name], constants, attributes)
     compiled = triton.compile(
         ASTSource(variant.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
@@ -106,9 +103,25 @@ def compile_variant(op: str, variant: Variant, arch: int) -> Usage:
     )
 
 
-def _type_name(value: Any) -> str:
+def _describe(
+    path: tuple[int, ...],
+    value: Any,
+    constants: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], list[list[Any]]],
+) -> Any:
+    """The type of an argument, or of every element of a tuple; adds what a launch would note."""
+    if isinstance(value, tuple):
+        return tuple(
+            _describe((*path, i), element, constants, attributes) for i, element in enumerate(value)
+        )
+    if value == 1:
+        constants[path] = value
+        return "constexpr"
     if isinstance(value, str):
+        attributes[path] = [["tt.divisibility", 16]]
         return value
+    if isinstance(value, int) and value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     return "fp32"

@@ -129,7 +129,12 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_line(
 def test_a_kill_at_any_moment_of_a_save_loses_nothing(
     tmp_path: Path, model: nn.Module, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A child process is killed at its n-th file operation, for every n until a save survives."""
+    """A child process is killed at its n-th file operation, for every n until a save survives.
+
+    One thread: a forked child has no OpenMP pool, and waits for ever at its first parallel loop.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     killed = 0
     for moment in range(1, 100):
         run = tmp_path / str(moment)
@@ -152,6 +157,7 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(
         save(run, 3, model, config)  # and the remains are in nobody's way
         again = load_checkpoint(run)
         assert again is not None and again.step == 3
+    torch.set_num_threads(threads)
     assert killed >= 10, "the hook must have killed saves at many moments"
 
 

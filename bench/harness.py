@@ -101,6 +101,16 @@ def on_backend(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def keypoint_vectors(parts: list[tuple[int, ...]], count: int, device: str) -> list[Tensor]:
+    """Per part 8-vectors (count, k, 8, 64, 48), channels-last as a 1×1 convolution leaves them."""
+    return [
+        torch.randn(count, 64, 48, 8 * len(keypoints), device=device)
+        .permute(0, 3, 1, 2)
+        .unflatten(1, (len(keypoints), 8))
+        for keypoints in parts
+    ]
+
+
 def forward_backward(run: Callable[..., Any], inputs: list[Tensor]) -> Callable[[], Any]:
     """A call that gives the outputs of `run(*inputs)` and the gradients of all inputs.
 

@@ -30,6 +30,7 @@ INFRASTRUCTURE = {
     "csrc/cuda": {"cuda_module"},
     "tests/kernels": {
         "conftest",
+        "keypoint_vectors",
         "test_registry",
         "test_triton_compile",
         "test_triton_interpreter",

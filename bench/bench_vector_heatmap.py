@@ -1,0 +1,41 @@
+"""Score maps from vectors, forward and backward, against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import harness
+import pytest
+import torch
+from torch import Tensor
+
+from pnfs.kernels import vector_heatmap
+from pnfs.skeleton import COCO
+
+
+@pytest.mark.parametrize("count", [1, 24])
+@pytest.mark.parametrize(("backend", "device"), harness.backends("vector_heatmap"))
+def bench_vector_heatmap(measure: Any, backend: str, device: str, count: int) -> None:
+    parts = list(COCO.resolve_parts(harness.PARTS).values())
+    vectors = harness.keypoint_vectors(parts, count, device)
+
+    def run(*tensors: Tensor) -> Tensor:
+        return vector_heatmap(tensors, parts, COCO.num_keypoints)
+
+    def call(dtype: torch.dtype, backend: str) -> Any:
+        inputs = [v.to(dtype) for v in vectors]
+        return harness.forward_backward(harness.on_backend(backend, run), inputs)
+
+    measure(
+        harness.Case(
+            op="vector_heatmap",
+            name=f"{count} images float32 forward+backward",
+            backend=backend,
+            device=device,
+            call=call(torch.float32, backend),
+            want=call(torch.float64, "torch")(),
+            tolerance=1e-5,
+            bytes=3 * sum(v.nbytes for v in vectors),
+            against={"torch": call(torch.float32, "torch")},
+        )
+    )

@@ -128,7 +128,8 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         fn = self.backends[self.choose(args)].fn
         device = device_type(args)
-        if torch.is_autocast_enabled(device):  # an op says itself what it computes in
+        # An op says itself what it computes in; devices such as "meta" know no autocast.
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return fn(*args)
         return fn(*args)

@@ -9,6 +9,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+# Values of PNFS_ISA, the instruction sets that CPU kernels are compiled for, that this CPU has.
+ISAS = [
+    "portable",
+    *(["avx2"] if "AVX" in _CAPABILITY else []),
+    *(["avx512"] if "AVX512" in _CAPABILITY else []),
+]
+
 
 def value_and_gradients(
     call: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], seed: int = 0

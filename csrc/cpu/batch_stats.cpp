@@ -1,29 +1,31 @@
-// Mean and variance per part and channel: pnfs/kernels/batch_stats.py has the definition. One read;
-// a tile's sums are taken about the mean of the tiles before it, and merged in float64.
+// Driver of batch_stats: pnfs/kernels/batch_stats.py has the definition, mix_kernels.h the
+// arithmetic. One read; sums are taken about a value near the mean, and merged in float64.
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
-#include "cpu/channels.h"
+#include "cpu/mix_driver.h"
 #include "cpu/ops.h"
 
 namespace pnfs {
 namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr std::int64_t kFirstPixels = 64;  // give the value that the first sums are taken about
+// Pixels of one stream: few enough for sums in float32, and far enough apart for prefetchers.
+constexpr std::int64_t kStreamPixels = 128;
 
 using Size = std::array<std::int64_t, 3>;  // P, pixels of a part, C
 
-// Count, mean and Σ (x - mean)² per channel of the pixels so far.
-struct Moments {
+// Mean and Σ (x - mean)² per channel of the pixels so far.
+struct Spread {
   double* mean;
   double* squares;
 
-  // Adds `count` pixels of mean `other` and spread `other_squares` to `before` pixels.
+  // Adds `count` pixels with their mean and spread to `before` pixels.
   void merge(double before, std::int64_t c, double count, double other, double other_squares) {
     const double share = count / (before + count), difference = other - mean[c];
     mean[c] += share * difference;
@@ -31,144 +33,126 @@ struct Moments {
   }
 };
 
-// first[c] = Σ (x - about) and second[c] = Σ (x - about)² of a tile.
-template <class T>
-void tile_sums(const T* x, std::int64_t count, std::int64_t channels, const float* about,
-               float* first, float* second) {
-  for_channel_groups(channels, [&](const auto& group) {
-    constexpr int kVectors = std::decay_t<decltype(group)>::kVectors;
-    FloatLanes shift[kVectors], sum[kVectors] = {}, squares[kVectors] = {};
-    for (int v = 0; v < kVectors; ++v) shift[v] = group.load(about, v);
-    for (std::int64_t i = 0; i < count; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        const FloatLanes d = group.load(x + i * channels, v) - shift[v];
-        sum[v] += d;
-        squares[v] += d * d;
-      }
-    }
-    for (int v = 0; v < kVectors; ++v) {
-      group.store(first, v, sum[v]);
-      group.store(second, v, squares[v]);
-    }
-  });
-}
+// Of the pixels [at, end) of a part.
+struct UnitSpread {
+  const MixKernels& kernels;
+  const void* map;  // the part's
+  std::int64_t channels;
+  int dtype;
 
-template <class T>
-void unit_moments(const T* x, const Cut& cut, std::int64_t u, std::int64_t channels,
-                  Scratch& scratch, Moments moments) {
-  float* about = scratch.data();
-  float* first = about + channels;
-  float* second = first + channels;
-  double before = 0;
-  cut.for_tiles(u, [&](std::int64_t at, std::int64_t count) {
-    const T* tile = x + at * channels;
-    if (before == 0) {  // nothing is known yet: the tile's own mean, from sums about its first pixel
-      for (std::int64_t c = 0; c < channels; ++c) about[c] = load(tile + c);
-      tile_sums(tile, count, channels, about, first, second);
+  void operator()(std::int64_t at, std::int64_t end, float* about, Spread spread) const {
+    float* first = about + padded(channels);
+    float* second = first + padded(channels);
+    const auto take = [&](std::int64_t streams, std::int64_t count) {
+      std::fill_n(first, 2 * padded(channels), 0.0f);
+      kernels.add_moments(dtype, {element(map, at * channels, dtype), streams, count, count,
+                                  channels, about, first, second});
+    };
+    const std::int64_t known = std::min(kFirstPixels, end - at);
+    std::fill_n(about, padded(channels), 0.0f);
+    take(1, known);
+    for (std::int64_t c = 0; c < channels; ++c) about[c] = first[c] / static_cast<float>(known);
+    double before = 0;
+    while (at < end) {
+      const bool side_by_side = end - at >= Moments::kStreams * kStreamPixels;
+      const std::int64_t streams = side_by_side ? Moments::kStreams : 1;
+      const std::int64_t count = std::min(kStreamPixels, end - at);
+      take(streams, count);
+      const double pixels = static_cast<double>(streams * count);
       for (std::int64_t c = 0; c < channels; ++c) {
-        about[c] += first[c] / static_cast<float>(count);
+        const double mean = first[c] / pixels;
+        spread.merge(before, c, pixels, about[c] + mean, second[c] - first[c] * mean);
       }
-    } else {
-      std::copy_n(moments.mean, channels, about);
-    }
-    tile_sums(tile, count, channels, about, first, second);
-    for (std::int64_t c = 0; c < channels; ++c) {
-      const double mean = first[c] / static_cast<double>(count);
-      moments.merge(before, c, static_cast<double>(count), about[c] + mean,
-                    second[c] - first[c] * mean);
-    }
-    before += static_cast<double>(count);
-  });
-}
-
-template <class T>
-void forward(const T* x, std::int64_t part_stride, const Size& size, float* mean, float* variance) {
-  const std::int64_t channels = size[2];
-  const Cut cut(size[1], channels);
-  const std::int64_t units = size[0] * cut.units_per_part;
-  std::vector<double> values(units * 2 * channels);  // per unit: means, then Σ (x - mean)²
-  const auto moments = [&](std::int64_t unit) {
-    double* means = values.data() + unit * 2 * channels;
-    return Moments{means, means + channels};
-  };
-#pragma omp parallel if (units > 1)
-  {
-    Scratch scratch(3 * channels);
-#pragma omp for schedule(static)
-    for (std::int64_t unit = 0; unit < units; ++unit) {
-      unit_moments(x + unit / cut.units_per_part * part_stride, cut, unit % cut.units_per_part,
-                   channels, scratch, moments(unit));
+      std::copy_n(spread.mean, channels, about);
+      before += pixels;
+      at += streams * count;
     }
   }
-  const double pixels = static_cast<double>(size[1]);
-  for (std::int64_t p = 0; p < size[0]; ++p) {
-    Moments total = moments(p * cut.units_per_part);
-    for (std::int64_t u = 1; u < cut.units_per_part; ++u) {
-      const Moments more = moments(p * cut.units_per_part + u);
-      const double before = static_cast<double>(u * cut.unit);
-      const double count = std::min(static_cast<double>(cut.unit), pixels - before);
-      for (std::int64_t c = 0; c < channels; ++c) {
-        total.merge(before, c, count, more.mean[c], more.squares[c]);
-      }
-    }
-    for (std::int64_t c = 0; c < channels; ++c) {
-      mean[p * channels + c] = static_cast<float>(size[1] == 0 ? kNan : total.mean[c]);
-      variance[p * channels + c] = static_cast<float>(total.squares[c] / pixels);
-    }
-  }
-}
-
-// gx = g_mean / M + 2 g_variance (x - mean) / M
-template <class T>
-void backward(const T* x, std::int64_t part_stride, const float* mean, const float* g_mean,
-              const float* g_variance, const Size& size, T* gx) {
-  const std::int64_t channels = size[2];
-  const Cut cut(size[1], channels);
-  const std::int64_t units = size[0] * cut.units_per_part;
-  const float inverse = 1.0f / static_cast<float>(std::max<std::int64_t>(1, size[1]));
-#pragma omp parallel for schedule(static) if (units > 1)
-  for (std::int64_t unit = 0; unit < units; ++unit) {
-    const std::int64_t p = unit / cut.units_per_part;
-    cut.for_tiles(unit % cut.units_per_part, [&](std::int64_t at, std::int64_t count) {
-      for_channel_groups(channels, [&](const auto& group) {
-        constexpr int kVectors = std::decay_t<decltype(group)>::kVectors;
-        FloatLanes centre[kVectors], slope[kVectors], shift[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          centre[v] = group.load(mean + p * channels, v);
-          slope[v] = group.load(g_variance + p * channels, v) * (2.0f * inverse);
-          shift[v] = group.load(g_mean + p * channels, v) * inverse;
-        }
-        const T* from = x + p * part_stride + at * channels;
-        T* to = gx + (p * cut.pixels + at) * channels;
-        for (std::int64_t i = 0; i < count * channels; i += channels) {
-          for (int v = 0; v < kVectors; ++v) {
-            group.store(to + i, v, (group.load(from + i, v) - centre[v]) * slope[v] + shift[v]);
-          }
-        }
-      });
-    });
-  }
-}
+};
 
 }  // namespace
 
 void batch_stats(Address x, std::int64_t part_stride, Address mean, Address variance,
                  const Size& size, int dtype) {
-  dispatch_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    forward(reinterpret_cast<const T*>(x), part_stride, size, reinterpret_cast<float*>(mean),
-            reinterpret_cast<float*>(variance));
-  });
+  const std::int64_t parts = size[0], channels = size[2];
+  const Cut cut(size[1], channels);
+  const std::int64_t units = size[1] == 0 ? 0 : parts * cut.units_per_part;
+  const MixKernels& kernels = mix_kernels();
+  std::vector<double> values(std::max<std::int64_t>(1, parts * cut.units_per_part) * 2 * channels);
+  const auto spread = [&](std::int64_t unit) {
+    double* means = values.data() + unit * 2 * channels;
+    return Spread{means, means + channels};
+  };
+#pragma omp parallel if (units > 1)
+  {
+    static thread_local Workspace memory;
+    float* scratch = memory.floats(3 * padded(channels));
+#pragma omp for schedule(static)
+    for (std::int64_t unit = 0; unit < units; ++unit) {
+      const std::int64_t p = unit / cut.units_per_part, u = unit % cut.units_per_part;
+      const void* map = element(reinterpret_cast<const void*>(x), p * part_stride, dtype);
+      UnitSpread{kernels, map, channels, dtype}(cut.begin(u), cut.end(u), scratch, spread(unit));
+    }
+  }
+  const double pixels = static_cast<double>(size[1]);
+  for (std::int64_t p = 0; p < parts; ++p) {
+    Spread total = spread(p * cut.units_per_part);
+    for (std::int64_t u = 1; u < cut.units_per_part; ++u) {
+      const Spread more = spread(p * cut.units_per_part + u);
+      const double before = static_cast<double>(cut.begin(u));
+      const double count = static_cast<double>(cut.end(u)) - before;
+      for (std::int64_t c = 0; c < channels; ++c) {
+        total.merge(before, c, count, more.mean[c], more.squares[c]);
+      }
+    }
+    float* means = reinterpret_cast<float*>(mean) + p * channels;
+    float* variances = reinterpret_cast<float*>(variance) + p * channels;
+    for (std::int64_t c = 0; c < channels; ++c) {
+      means[c] = static_cast<float>(size[1] == 0 ? kNan : total.mean[c]);
+      variances[c] = static_cast<float>(size[1] == 0 ? kNan : total.squares[c] / pixels);
+    }
+  }
 }
 
+// gx = g_mean / M + 2 g_variance (x - mean) / M
 void batch_stats_backward(Address x, std::int64_t part_stride, Address mean, Address g_mean,
                           Address g_variance, Address gx, const Size& size, int dtype) {
-  dispatch_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    backward(reinterpret_cast<const T*>(x), part_stride, reinterpret_cast<const float*>(mean),
-             reinterpret_cast<const float*>(g_mean), reinterpret_cast<const float*>(g_variance),
-             size, reinterpret_cast<T*>(gx));
-  });
+  const std::int64_t parts = size[0], channels = size[2];
+  const Cut cut(size[1], channels);
+  const std::int64_t units = parts * cut.units_per_part;
+  const MixKernels& kernels = mix_kernels();
+  const auto of = [](Address tensor) { return reinterpret_cast<const float*>(tensor); };
+  const double inverse = 1.0 / static_cast<double>(std::max<std::int64_t>(1, size[1]));
+  const void* from = reinterpret_cast<const void*>(x);
+  void* to = reinterpret_cast<void*>(gx);
+  const bool streams = worth_streaming(to, parts * size[1] * channels, channels, dtype);
+#pragma omp parallel if (units > 1)
+  {
+    static thread_local Workspace memory;
+    float* values = memory.floats(kCoefficients * padded(channels));
+#pragma omp for schedule(static)
+    for (std::int64_t unit = 0; unit < units; ++unit) {
+      const std::int64_t p = unit / cut.units_per_part, u = unit % cut.units_per_part;
+      for (std::int64_t c = 0; c < channels; ++c) {
+        const std::int64_t at = p * channels + c;
+        values[interleaved(c, 0, kCoefficients)] = of(mean)[at];
+        values[interleaved(c, 1, kCoefficients)] =
+            static_cast<float>(2.0 * inverse * of(g_variance)[at]);
+        values[interleaved(c, 2, kCoefficients)] = static_cast<float>(inverse * of(g_mean)[at]);
+      }
+      const std::int64_t at = p * part_stride + cut.begin(u) * channels;
+      const TermOfMap term{{values, 1.0f, kNoFloor, false}, element(from, at, dtype)};
+      AddTerms run{};
+      run.terms = &term;
+      run.how_many = 1;
+      run.count = cut.end(u) - cut.begin(u);
+      run.channels = channels;
+      run.out = element(to, (p * cut.pixels + cut.begin(u)) * channels, dtype);
+      run.streams = streams;
+      run.floor = kNoFloor;
+      kernels.add_terms(dtype, run);
+    }
+  }
 }
 
 }  // namespace pnfs

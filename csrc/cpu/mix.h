@@ -1,128 +1,111 @@
-// What mixed_sum and scale_mix share: weighted sums of normalised maps, and their gradients.
+// What the drivers of mixed_sum, scale_mix and batch_stats (threads, memory, reductions: mix_driver.h)
+// and their kernels (mix_kernels.h, once per instruction set) share. Plain data only, see cpu/simd.h.
+//
+// Kernels take runs of pixels whose C channels are adjacent, and go through memory from front to
+// back, which is what prefetchers expect. What belongs to a channel (coefficients, sums) stays in the
+// first-level cache meanwhile: float32, the values of a channel's group of 16 together.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
-#include <vector>
-
-#include "cpu/channels.h"
-#include "cpu/ops.h"
 
 namespace pnfs {
 
-// One summand, all parts. Maps are (P, pixels, C) with parts `part_stride` elements apart.
-struct MixTerm {
-  const void* map;
-  std::int64_t part_stride;
-  void* gradient;  // like the map, without gaps; null in the forward pass
-  const float *mean, *variance;  // (P, C), null: not normalised
-  const float *gamma, *beta;     // (P, C), null: 1 and 0
-  bool relu;
-};
+constexpr std::int64_t kGroup = 16;         // channels; a multiple of every instruction set's lanes
+constexpr std::int64_t kCoefficients = 3;   // mean, slope, shift
+constexpr std::int64_t kSums = 2;           // Σ g, Σ g (y - mean)
 
-// The terms' per-channel coefficients, per part.
-class Coefficients {
- public:
-  Coefficients(const std::vector<MixTerm>& terms, const float* weights, std::int64_t parts,
-               std::int64_t channels, double eps)
-      : terms_(terms), weights_(weights), channels_(channels),
-        values_(parts * terms.size() * 3 * channels) {
-    for (std::int64_t p = 0; p < parts; ++p) {
-      for (std::size_t s = 0; s < terms.size(); ++s) {
-        const MixTerm& term = terms[s];
-        float* mean = values(p, s);
-        for (std::int64_t c = 0; c < channels; ++c) {
-          const std::int64_t at = p * channels + c;
-          const double gamma = term.gamma == nullptr ? 1.0 : term.gamma[at];
-          const double rstd = term.mean == nullptr ? 1.0 : 1.0 / std::sqrt(term.variance[at] + eps);
-          mean[c] = term.mean == nullptr ? 0.0f : term.mean[at];
-          mean[channels + c] = static_cast<float>(gamma * rstd);
-          mean[2 * channels + c] = term.beta == nullptr ? 0.0f : term.beta[at];
-        }
-      }
-    }
-  }
-
-  Term term(std::int64_t part, std::size_t s) const {
-    const float* mean = const_cast<Coefficients*>(this)->values(part, s);
-    return {mean, mean + channels_, mean + 2 * channels_, weights_[part * terms_.size() + s],
-            terms_[s].relu ? 0.0f : kNoFloor};
-  }
-
- private:
-  float* values(std::int64_t part, std::size_t s) {
-    return values_.data() + (part * terms_.size() + s) * 3 * channels_;
-  }
-
-  const std::vector<MixTerm>& terms_;
-  const float* weights_;
-  std::int64_t channels_;
-  std::vector<float> values_;
-};
-
-// What term_gradient sums up, per unit of work.
-class TermSums {
- public:
-  TermSums(std::int64_t units, std::size_t terms, std::int64_t channels)
-      : terms_(terms), channels_(channels), values_(units * terms * 2 * channels) {}
-
-  double* first(std::int64_t unit, std::size_t s) {
-    return values_.data() + (unit * terms_ + s) * 2 * channels_;
-  }
-  double* second(std::int64_t unit, std::size_t s) { return first(unit, s) + channels_; }
-
- private:
-  std::size_t terms_;
-  std::int64_t channels_;
-  std::vector<double> values_;
-};
-
-// Where gradients of the small tensors go; one (P, C) block per normalised term.
-struct SmallGradients {
-  float *means, *variances, *gammas, *betas;  // the latter two may be null
-  float* weights;                             // (P, terms)
-};
-
-// From the sums over the units of each part to the gradients of statistics, scales and weights.
-inline void finish_gradients(const std::vector<MixTerm>& terms, const float* weights,
-                             TermSums& sums, std::int64_t parts, std::int64_t units_per_part,
-                             std::int64_t channels, double eps, const SmallGradients& out) {
-  std::int64_t block = 0;  // of the next normalised term
-  for (std::size_t s = 0; s < terms.size(); ++s) {
-    const MixTerm& term = terms[s];
-    for (std::int64_t p = 0; p < parts; ++p) {
-      double* first = sums.first(p * units_per_part, s);
-      double* second = sums.second(p * units_per_part, s);
-      for (std::int64_t u = 1; u < units_per_part; ++u) {
-        const double* more_first = sums.first(p * units_per_part + u, s);
-        const double* more_second = sums.second(p * units_per_part + u, s);
-        for (std::int64_t c = 0; c < channels; ++c) {
-          first[c] += more_first[c];
-          second[c] += more_second[c];
-        }
-      }
-      const double weight = weights[p * terms.size() + s];
-      double weight_gradient = 0;
-      for (std::int64_t c = 0; c < channels; ++c) {
-        if (term.mean == nullptr) {
-          weight_gradient += second[c];
-          continue;
-        }
-        const std::int64_t at = p * channels + c, to = block * parts * channels + at;
-        const double rstd = 1.0 / std::sqrt(term.variance[at] + eps);
-        const double gamma = term.gamma == nullptr ? 1.0 : term.gamma[at];
-        const double beta = term.beta == nullptr ? 0.0 : term.beta[at];
-        const double normalised = rstd * second[c];
-        weight_gradient += gamma * normalised + beta * first[c];
-        out.means[to] = static_cast<float>(-weight * gamma * rstd * first[c]);
-        out.variances[to] = static_cast<float>(-0.5 * weight * gamma * rstd * rstd * normalised);
-        if (out.gammas != nullptr) out.gammas[to] = static_cast<float>(weight * normalised);
-        if (out.betas != nullptr) out.betas[to] = static_cast<float>(weight * first[c]);
-      }
-      out.weights[p * terms.size() + s] = static_cast<float>(weight_gradient);
-    }
-    block += term.mean != nullptr;
-  }
+// Where value `kind` of channel c lies, of `kinds` values per channel.
+constexpr std::int64_t interleaved(std::int64_t c, std::int64_t kind, std::int64_t kinds) {
+  return c / kGroup * kGroup * kinds + kind * kGroup + c % kGroup;
 }
+
+// One summand of a mix: weight · max(slope (y - mean) + shift, floor), per channel. The mean is not
+// folded into the shift: where it is large against the deviation, that would cost digits.
+struct Term {
+  const float* coefficients;  // kCoefficients per channel
+  float weight, floor;
+  bool identity;  // it is weight · y
+};
+
+struct TermOfMap {
+  Term term;
+  const void* map;  // the first pixel
+};
+
+// Of position i on an axis of 2·half samples, between `before` and the sample after it on the axis of
+// half as many with the same ends.
+struct Between {
+  std::int64_t before;
+  float share;  // of the sample after
+};
+
+// The columns of g that a column of half the width gathers.
+struct Gathered {
+  static constexpr std::int64_t kMost = 6;
+  std::int64_t first, count;
+  float weight[kMost];
+};
+
+// out = max(Σ terms + widened row + sum, floor) for `count` pixels.
+struct AddTerms {
+  static constexpr std::int64_t kMost = 3;
+  const TermOfMap* terms;
+  std::int64_t how_many;  // at most kMost
+  std::int64_t count, channels;
+  const float* sum;  // null: 0
+  // A row of half the width, less its mean, and the term that it is; null: none.
+  const float* row;
+  const Between* columns;
+  std::int64_t step;  // from a column of the row to the next: 0 where there is only one
+  Term widened;
+  void* out;
+  bool to_float;  // `out` is float32 whatever the dtype, and may be `sum`
+  bool streams;   // it is stored past the caches; its pixels are aligned to lines
+  float floor;
+};
+
+// The gradient of a term for `count` pixels: gy = ∂term/∂y · g, and per channel, over the pixels that
+// the floor does not cut off, `sums` grow by Σ g and Σ g (y - mean); by Σ g y alone for an identity.
+struct TermGradient {
+  const void* g;
+  bool g_is_float;  // whatever the dtype
+  const void* y;
+  void* gy;
+  std::int64_t count, channels;
+  Term term;
+  float* sums;  // kSums per channel
+  bool streams;
+};
+
+// Of a map: Σ (x - about) and Σ (x - about)² per channel. Pixels lie in `streams` runs of `count`,
+// `step` pixels apart, which are read side by side: memory answers several streams faster than one.
+struct Moments {
+  static constexpr std::int64_t kStreams = 4;
+  const void* x;
+  std::int64_t streams, count, step, channels;
+  const float* about;      // (padded C)
+  float *first, *second;  // (padded C), added to
+};
+
+// dtype: see core/dtypes.h; 0 or 1.
+struct MixKernels {
+  void (*add_terms)(int dtype, const AddTerms&);
+  void (*term_gradient)(int dtype, const TermGradient&);
+  // out = g where h > 0, else 0; g where h is null.
+  void (*pass_gradient)(int dtype, const void* g, const void* h, std::int64_t count, float* out);
+  // out = before + share (after - before) - mean, for `count` pixels.
+  void (*mix_rows)(int dtype, const void* before, const void* after, float share, const Term&,
+                   std::int64_t count, std::int64_t channels, float* out);
+  // above += (1 - share) · narrowed g and below += share · narrowed g, rows of `count` pixels; either
+  // may be null.
+  void (*gather_row)(const Gathered* columns, std::int64_t count, const float* g, float share,
+                     std::int64_t channels, float* above, float* below);
+  void (*add_moments)(int dtype, const Moments&);
+};
+
+extern const MixKernels kMixPortable;
+#if defined(__x86_64__)
+extern const MixKernels kMixAvx2, kMixAvx512;
+#endif
 
 }  // namespace pnfs

@@ -1,11 +1,13 @@
-// The mixed operation of Eq. 1: pnfs/kernels/mixed_sum.py has the definition. Every map is read
-// once, in tiles that stay in the first-level cache while the terms are added up.
+// Driver of mixed_sum, Eq. 1: pnfs/kernels/mixed_sum.py has the definition, mix_kernels.h the
+// arithmetic. Every map is read once, in tiles; backward, a tile of g stays in the first-level cache
+// while the terms take it in turn.
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <vector>
 
-#include "cpu/mix.h"
+#include "cpu/mix_driver.h"
 #include "cpu/ops.h"
 
 namespace pnfs {
@@ -32,67 +34,43 @@ std::vector<MixTerm> mix_terms(const Addresses& maps, const Integers& part_strid
   return terms;
 }
 
-template <class T>
-void forward(const std::vector<MixTerm>& terms, const Coefficients& coefficients, const Cut& cut,
-             const Size& size, T* out) {
-  const std::int64_t channels = size[2], units = size[0] * cut.units_per_part;
-  const std::size_t last = terms.size() - 1;
-#pragma omp parallel if (units > 1)
-  {
-    Scratch tile(cut.tile * channels);
-    float* sum = tile.data();
-#pragma omp for schedule(static)
-    for (std::int64_t unit = 0; unit < units; ++unit) {
-      const std::int64_t p = unit / cut.units_per_part;
-      cut.for_tiles(unit % cut.units_per_part, [&](std::int64_t at, std::int64_t count) {
-        for (std::size_t s = 0; s <= last; ++s) {
-          const T* map = static_cast<const T*>(terms[s].map) + p * terms[s].part_stride;
-          const Pixels<T> source{map + at * channels, channels};
-          const float* before = s == 0 ? nullptr : sum;
-          const Term term = coefficients.term(p, s);
-          if (s < last) {
-            add_term(source, count, channels, term, before, sum, kNoFloor);
-          } else {
-            T* to = out + (p * cut.pixels + at) * channels;
-            add_term(source, count, channels, term, before, to, kNoFloor);
-          }
-        }
-      });
-    }
-  }
-}
-
-template <class T>
-void backward(const std::vector<MixTerm>& terms, const Coefficients& coefficients, const Cut& cut,
-              const Size& size, const T* g, std::int64_t g_part_stride, TermSums& sums) {
-  const std::int64_t channels = size[2], units = size[0] * cut.units_per_part;
-#pragma omp parallel for schedule(static) if (units > 1)
-  for (std::int64_t unit = 0; unit < units; ++unit) {
-    const std::int64_t p = unit / cut.units_per_part;
-    cut.for_tiles(unit % cut.units_per_part, [&](std::int64_t at, std::int64_t count) {
-      for (std::size_t s = 0; s < terms.size(); ++s) {
-        const T* map = static_cast<const T*>(terms[s].map) + p * terms[s].part_stride;
-        T* gradient = static_cast<T*>(terms[s].gradient) + p * cut.pixels * channels;
-        term_gradient(g + p * g_part_stride + at * channels, map + at * channels,
-                      gradient + at * channels, count, channels, coefficients.term(p, s),
-                      sums.first(unit, s), sums.second(unit, s));
-      }
-    });
-  }
-}
-
 }  // namespace
 
 void mixed_sum(const Addresses& maps, const Integers& part_strides, const Addresses& means,
                const Addresses& variances, Address weights, const Integers& relu, double eps,
                Address out, const Size& size, int dtype) {
+  const std::int64_t parts = size[0], c = size[2], elements = size[0] * size[1] * size[2];
   const auto terms = mix_terms(maps, part_strides, means, variances, relu, {});
-  const Coefficients coefficients(terms, reinterpret_cast<const float*>(weights), size[0], size[2],
-                                  eps);
-  dispatch_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    forward(terms, coefficients, Cut(size[1], size[2]), size, reinterpret_cast<T*>(out));
-  });
+  const auto* w = reinterpret_cast<const float*>(weights);
+  const Coefficients coefficients(terms, w, parts, c, eps);
+  const MixKernels& kernels = mix_kernels();
+  const Cut cut(size[1], c);
+  const std::int64_t units = parts * cut.units_per_part;
+  void* to = reinterpret_cast<void*>(out);
+  const bool streams = worth_streaming(to, elements, c, dtype);
+#pragma omp parallel if (units > 1)
+  {
+    static thread_local Workspace memory;
+    float* tile = memory.floats(cut.tile * c);
+    std::vector<TermOfMap> here(terms.size());
+#pragma omp for schedule(static)
+    for (std::int64_t unit = 0; unit < units; ++unit) {
+      const std::int64_t p = unit / cut.units_per_part;
+      cut.for_tiles(unit % cut.units_per_part, [&](std::int64_t at, std::int64_t count) {
+        for (std::size_t s = 0; s < terms.size(); ++s) {
+          const std::int64_t first = p * terms[s].part_stride + at * c;
+          here[s] = {coefficients.term(p, s), element(terms[s].map, first, dtype)};
+        }
+        AddTerms run{};
+        run.count = count;
+        run.channels = c;
+        run.out = element(to, (p * cut.pixels + at) * c, dtype);
+        run.streams = streams;
+        run.floor = kNoFloor;
+        add_all_terms(kernels, dtype, run, here, tile);
+      });
+    }
+  }
 }
 
 void mixed_sum_backward(Address g, std::int64_t g_part_stride, const Addresses& maps,
@@ -100,16 +78,41 @@ void mixed_sum_backward(Address g, std::int64_t g_part_stride, const Addresses& 
                         const Addresses& variances, Address weights, const Integers& relu,
                         double eps, const Addresses& g_maps, Address g_means, Address g_variances,
                         Address g_weights, const Size& size, int dtype) {
+  const std::int64_t parts = size[0], c = size[2], elements = size[0] * size[1] * size[2];
   const auto terms = mix_terms(maps, part_strides, means, variances, relu, g_maps);
   const auto* w = reinterpret_cast<const float*>(weights);
-  const Coefficients coefficients(terms, w, size[0], size[2], eps);
-  const Cut cut(size[1], size[2]);
-  TermSums sums(size[0] * cut.units_per_part, terms.size(), size[2]);
-  dispatch_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    backward(terms, coefficients, cut, size, reinterpret_cast<const T*>(g), g_part_stride, sums);
-  });
-  finish_gradients(terms, w, sums, size[0], cut.units_per_part, size[2], eps,
+  const Coefficients coefficients(terms, w, parts, c, eps);
+  const MixKernels& kernels = mix_kernels();
+  const Cut cut(size[1], c);
+  const std::int64_t units = parts * cut.units_per_part;
+  const void* from = reinterpret_cast<const void*>(g);
+  TermSums sums(units, terms.size(), c);
+#pragma omp parallel if (units > 1)
+  {
+    FloatSums partial(sums);
+#pragma omp for schedule(static)
+    for (std::int64_t unit = 0; unit < units; ++unit) {
+      const std::int64_t p = unit / cut.units_per_part;
+      cut.for_tiles(unit % cut.units_per_part, [&](std::int64_t at, std::int64_t count) {
+        TermGradient run{};
+        run.g = element(from, p * g_part_stride + at * c, dtype);
+        run.count = count;
+        run.channels = c;
+        for (std::size_t s = 0; s < terms.size(); ++s) {
+          const MixTerm& term = terms[s];
+          run.y = element(term.map, p * term.part_stride + at * c, dtype);
+          run.gy = element(term.gradient, (p * cut.pixels + at) * c, dtype);
+          run.term = coefficients.term(p, s);
+          run.sums = partial.of(s);
+          run.streams = worth_streaming(term.gradient, elements, c, dtype);
+          kernels.term_gradient(dtype, run);
+        }
+        partial.add_pixels(count, sums.of(unit));
+      });
+      partial.finish(sums.of(unit));
+    }
+  }
+  finish_gradients(terms, w, sums, parts, cut.units_per_part, c, eps,
                    {reinterpret_cast<float*>(g_means), reinterpret_cast<float*>(g_variances),
                     nullptr, nullptr, reinterpret_cast<float*>(g_weights)});
 }

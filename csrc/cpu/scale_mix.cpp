@@ -1,17 +1,16 @@
-// The input mix of Eq. 2: pnfs/kernels/scale_mix.py has the definition. Rows of the output are made
-// one after the other, in a buffer that stays in the first-level cache.
+// Driver of scale_mix, Eq. 2: pnfs/kernels/scale_mix.py has the definition, mix_kernels.h the
+// arithmetic. Rows of the output are made one after the other.
 //
-// Upsampling is first vertical, one row of half the width, then horizontal, on load. Its gradient
-// is gathered: a row of g is narrowed to half the width and added, with its two vertical weights,
-// to two rows of half resolution, which are complete once g's rows have passed them.
+// Upsampling is first vertical, one row of half the width, then horizontal, on load. Its gradient is
+// gathered: a row of g is narrowed to half the width and added, with its two vertical weights, to two
+// rows of half resolution, which are complete once g's rows have passed them.
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
-#include "cpu/mix.h"
+#include "cpu/mix_driver.h"
 #include "cpu/ops.h"
 
 namespace pnfs {
@@ -24,265 +23,32 @@ constexpr std::int64_t kLeastRows = 8;
 enum Transform { kSame, kDown, kUp };
 
 using Size = std::array<std::int64_t, 5>;  // P, N, C, H, W
+using Norms = std::array<Addresses, 4>;
 
 struct Problem {
   std::vector<MixTerm> terms;
   std::vector<bool> up;
   std::int64_t parts, images, channels, height, width;
-  bool relu;
+  int dtype;
 
   bool any_up() const { return std::find(up.begin(), up.end(), true) != up.end(); }
-  // Pixels of one image of a term.
-  std::int64_t pixels(std::size_t s) const { return height * width / (up[s] ? 4 : 1); }
-  template <class T>
-  const T* map(std::size_t s, std::int64_t p, std::int64_t n) const {
-    return static_cast<const T*>(terms[s].map) + p * terms[s].part_stride +
-           n * pixels(s) * channels;
+  std::int64_t row() const { return width * channels; }
+  std::int64_t half_row() const { return width / 2 * channels; }
+  std::int64_t elements() const { return parts * images * height * row(); }
+  // Elements of one image of a term.
+  std::int64_t image(std::size_t s) const { return height * row() / (up[s] ? 4 : 1); }
+  const char* map(std::size_t s, std::int64_t p, std::int64_t n, std::int64_t at) const {
+    return element(terms[s].map, p * terms[s].part_stride + n * image(s) + at, dtype);
   }
-  template <class T>
-  T* gradient(std::size_t s, std::int64_t p, std::int64_t n) const {
-    return static_cast<T*>(terms[s].gradient) + (p * images + n) * pixels(s) * channels;
-  }
-};
-
-// Of position i on an axis of 2·half samples, between `before` and the sample after it on the axis
-// of half as many with the same ends. Integers, so that both ends are met exactly.
-struct Between {
-  std::int64_t before;
-  float share;  // of the sample after
-
-  Between(std::int64_t i, std::int64_t half) {
-    const std::int64_t steps = 2 * half - 1, position = i * (half - 1);
-    before = std::min(position / steps, std::max<std::int64_t>(0, half - 2));
-    share = static_cast<float>(position - before * steps) / static_cast<float>(steps);
+  char* gradient(std::size_t s, std::int64_t p, std::int64_t n, std::int64_t at) const {
+    return element(terms[s].gradient, (p * images + n) * image(s) + at, dtype);
   }
 };
-
-// Of every position; of none where nothing is upsampled, and sizes may be odd.
-std::vector<Between> between(std::int64_t size, bool any_up) {
-  std::vector<Between> all;
-  for (std::int64_t i = 0; any_up && i < size; ++i) all.emplace_back(i, size / 2);
-  return all;
-}
-
-// Bands of images: units of work, cut by shapes alone.
-struct Bands {
-  std::int64_t per_image, rows, height;
-
-  explicit Bands(const Problem& q) : height(q.height) {
-    const std::int64_t images = std::max<std::int64_t>(1, q.parts * q.images);
-    const std::int64_t wanted = std::max<std::int64_t>(1, kEnoughUnits / images);
-    rows = std::max(kLeastRows, (height + wanted - 1) / wanted);
-    rows += rows % 2;
-    per_image = std::max<std::int64_t>(1, (height + rows - 1) / rows);
-  }
-  std::int64_t begin(std::int64_t band) const { return band * rows; }
-  std::int64_t end(std::int64_t band) const { return std::min(height, (band + 1) * rows); }
-};
-
-// A row of half the width, read as one of full width.
-struct Widened {
-  const float* row;
-  const Between* columns;
-  std::int64_t channels;
-  std::int64_t step;  // from a column to the next: 0 where there is only one
-
-  template <class Group>
-  FloatLanes load(const Group& group, std::int64_t pixel, int v) const {
-    const float* at = row + columns[pixel].before * channels;
-    const FloatLanes before = group.load(at, v), after = group.load(at + step, v);
-    return before + columns[pixel].share * (after - before);
-  }
-};
-
-// out = rows before and after, mixed, less the mean: first, while the differences are exact.
-template <class T>
-void mix_rows(const T* before, const T* after, float share, const float* mean, std::int64_t pixels,
-              std::int64_t channels, float* out) {
-  for_channel_groups(channels, [&](const auto& group) {
-    constexpr int kVectors = std::decay_t<decltype(group)>::kVectors;
-    FloatLanes centre[kVectors];
-    for (int v = 0; v < kVectors; ++v) centre[v] = group.load(mean, v);
-    for (std::int64_t i = 0; i < pixels * channels; i += channels) {
-      for (int v = 0; v < kVectors; ++v) {
-        const FloatLanes a = group.load(before + i, v), b = group.load(after + i, v);
-        group.store(out + i, v, (a - centre[v]) + share * (b - a));
-      }
-    }
-  });
-}
-
-template <class T>
-void forward(const Problem& q, const Coefficients& coefficients, T* out) {
-  const Bands bands(q);
-  const auto rows = between(q.height, q.any_up()), columns = between(q.width, q.any_up());
-  const std::int64_t c = q.channels, w = q.width, units = q.parts * q.images * bands.per_image;
-  const std::size_t last = q.terms.size() - 1;
-  const std::int64_t row_step = q.height > 2 ? w / 2 * c : 0, column_step = w > 2 ? c : 0;
-#pragma omp parallel if (units > 1)
-  {
-    Scratch sum(w * c), narrow(w / 2 * c), zeros(c);
-    std::fill_n(zeros.data(), c, 0.0f);
-#pragma omp for schedule(static)
-    for (std::int64_t unit = 0; unit < units; ++unit) {
-      const std::int64_t image = unit / bands.per_image, band = unit % bands.per_image;
-      const std::int64_t p = image / q.images, n = image % q.images;
-      for (std::int64_t y = bands.begin(band); y < bands.end(band); ++y) {
-        for (std::size_t s = 0; s <= last; ++s) {
-          const T* map = q.map<T>(s, p, n);
-          Term term = coefficients.term(p, s);
-          const float* before = s == 0 ? nullptr : sum.data();
-          const auto add = [&](const auto& source) {
-            if (s < last) return add_term(source, w, c, term, before, sum.data(), kNoFloor);
-            T* to = out + (image * q.height + y) * w * c;
-            add_term(source, w, c, term, before, to, q.relu ? 0.0f : kNoFloor);
-          };
-          if (q.up[s]) {
-            const T* above = map + rows[y].before * (w / 2) * c;
-            mix_rows(above, above + row_step, rows[y].share, term.mean, w / 2, c, narrow.data());
-            term.mean = zeros.data();
-            add(Widened{narrow.data(), columns.data(), c, column_step});
-          } else {
-            add(Pixels<T>{map + y * w * c, c});
-          }
-        }
-      }
-    }
-  }
-}
-
-// For each column of half the width, the columns of g that it gathers and their weights.
-struct Gather {
-  static constexpr std::int64_t kMost = 6;
-  struct Column {
-    std::int64_t first = 0, count = 0;
-    float weight[kMost];
-  };
-  std::vector<Column> columns;
-
-  explicit Gather(const std::vector<Between>& wide) : columns(wide.size() / 2) {
-    const auto add = [&](std::int64_t half, std::size_t column, float weight) {
-      if (weight == 0.0f) return;
-      Column& to = columns[half];
-      if (to.count == 0) to.first = static_cast<std::int64_t>(column);
-      to.weight[to.count++] = weight;
-    };
-    for (std::size_t x = 0; x < wide.size(); ++x) {
-      add(wide[x].before, x, 1.0f - wide[x].share);
-      add(wide[x].before + 1, x, wide[x].share);
-    }
-  }
-};
-
-// above += (1 - share) · narrowed g and below += share · narrowed g; either may be null.
-inline void gather_row(const Gather& gather, const float* g, float share, std::int64_t channels,
-                       float* above, float* below) {
-  for_channel_groups(channels, [&](const auto& group) {
-    constexpr int kVectors = std::decay_t<decltype(group)>::kVectors;
-    for (std::size_t x = 0; x < gather.columns.size(); ++x) {
-      const Gather::Column& column = gather.columns[x];
-      FloatLanes sum[kVectors] = {};
-      for (std::int64_t i = 0; i < column.count; ++i) {
-        const float* pixel = g + (column.first + i) * channels;
-        for (int v = 0; v < kVectors; ++v) sum[v] += column.weight[i] * group.load(pixel, v);
-      }
-      const auto add = [&](float* row, float weight) {
-        float* to = row + static_cast<std::int64_t>(x) * channels;
-        for (int v = 0; v < kVectors; ++v) {
-          group.store(to, v, group.load(to, v) + weight * sum[v]);
-        }
-      };
-      if (above != nullptr) add(above, 1.0f - share);
-      if (below != nullptr) add(below, share);
-    }
-  });
-}
-
-// The gradient before the final ReLU, in float32: g where h > 0.
-template <class T>
-void load_gradient(const T* g, const T* h, std::int64_t count, float* out) {
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const FloatLanes value = load_lanes(g + i);
-    store_lanes(out + i,
-                h == nullptr ? value : (load_lanes(h + i) > 0.0f ? value : FloatLanes{}));
-  }
-  for (; i < count; ++i) {
-    const float value = load(g + i);
-    out[i] = h == nullptr || load(h + i) > 0.0f ? value : 0.0f;
-  }
-}
-
-template <class T>
-void backward(const Problem& q, const Coefficients& coefficients, const T* g,
-              std::int64_t g_part_stride, const T* h, TermSums& sums, const Bands& bands) {
-  const auto rows = between(q.height, q.any_up()), columns = between(q.width, q.any_up());
-  const Gather gather(columns);
-  const std::int64_t c = q.channels, w = q.width, units = q.parts * q.images * bands.per_image;
-  const std::int64_t half = q.height / 2, half_row = w / 2 * c;
-  const bool any_up = q.any_up();
-#pragma omp parallel if (units > 1)
-  {
-    Scratch row(w * c), halves(2 * half_row);
-#pragma omp for schedule(static)
-    for (std::int64_t unit = 0; unit < units; ++unit) {
-      const std::int64_t image = unit / bands.per_image, band = unit % bands.per_image;
-      const std::int64_t p = image / q.images, n = image % q.images;
-      const T* g_image = g + p * g_part_stride + n * q.height * w * c;
-      const T* h_image = h == nullptr ? nullptr : h + image * q.height * w * c;
-      const std::int64_t begin = bands.begin(band), end = bands.end(band);
-      // Rows of half resolution that this band completes: [half_begin, half_end); `done` of them
-      // have been written.
-      const std::int64_t half_begin = begin / 2, half_end = any_up ? std::min(half, end / 2) : 0;
-      std::int64_t done = half_begin;
-      const auto half_sums = [&](std::int64_t y) { return halves.data() + y % 2 * half_row; };
-      const auto is_ours = [&](std::int64_t y) { return y >= half_begin && y < half_end; };
-      const auto complete_until = [&](std::int64_t y) {
-        for (; done < std::min(y, half_end); ++done) {
-          for (std::size_t s = 0; s < q.terms.size(); ++s) {
-            if (!q.up[s]) continue;
-            const std::int64_t at = done * half_row;
-            term_gradient(half_sums(done), q.map<T>(s, p, n) + at, q.gradient<T>(s, p, n) + at,
-                          w / 2, c, coefficients.term(p, s), sums.first(unit, s),
-                          sums.second(unit, s));
-          }
-          std::fill_n(half_sums(done), half_row, 0.0f);
-        }
-      };
-      std::fill_n(halves.data(), 2 * half_row, 0.0f);
-      // With upsampling, rows around the band are gathered too: all that touch ours.
-      std::int64_t from = begin, to = end;
-      if (any_up) {
-        while (from > 0 && rows[from - 1].before + 1 >= half_begin) --from;
-        while (to < q.height && rows[to].before < half_end) ++to;
-      }
-      for (std::int64_t y = from; y < to; ++y) {
-        load_gradient(g_image + y * w * c, h_image == nullptr ? nullptr : h_image + y * w * c,
-                      w * c, row.data());
-        if (y >= begin && y < end) {
-          for (std::size_t s = 0; s < q.terms.size(); ++s) {
-            if (q.up[s]) continue;
-            const std::int64_t at = y * w * c;
-            term_gradient(row.data(), q.map<T>(s, p, n) + at, q.gradient<T>(s, p, n) + at, w, c,
-                          coefficients.term(p, s), sums.first(unit, s), sums.second(unit, s));
-          }
-        }
-        if (!any_up) continue;
-        const std::int64_t above = rows[y].before;
-        complete_until(above);
-        gather_row(gather, row.data(), rows[y].share, c,
-                   is_ours(above) ? half_sums(above) : nullptr,
-                   is_ours(above + 1) ? half_sums(above + 1) : nullptr);
-      }
-      complete_until(half_end);
-    }
-  }
-}
 
 Problem problem(const Addresses& sources, const Integers& part_strides, const Integers& transforms,
-                const std::array<Addresses, 4>& norms, const Size& size, bool relu, bool down_relu,
-                const Addresses& gradients) {
-  Problem q{{}, {}, size[0], size[1], size[2], size[3], size[4], relu};
+                const Norms& norms, const Size& size, bool down_relu, const Addresses& gradients,
+                int dtype) {
+  Problem q{{}, {}, size[0], size[1], size[2], size[3], size[4], dtype};
   std::size_t next = 0;  // normalised term
   for (std::size_t s = 0; s < sources.size(); ++s) {
     MixTerm term{reinterpret_cast<const void*>(sources[s]), part_strides[s], nullptr, nullptr,
@@ -302,42 +68,247 @@ Problem problem(const Addresses& sources, const Integers& part_strides, const In
   return q;
 }
 
+// Integers, so that both ends are met exactly.
+Between between(std::int64_t i, std::int64_t half) {
+  const std::int64_t steps = 2 * half - 1, position = i * (half - 1);
+  const std::int64_t before = std::min(position / steps, std::max<std::int64_t>(0, half - 2));
+  return {before, static_cast<float>(position - before * steps) / static_cast<float>(steps)};
+}
+
+// Of all positions of an axis.
+std::vector<Between> positions(std::int64_t size) {
+  std::vector<Between> all;
+  for (std::int64_t i = 0; i < size; ++i) all.push_back(between(i, size / 2));
+  return all;
+}
+
+std::vector<Gathered> gathered(const std::vector<Between>& wide) {
+  std::vector<Gathered> columns(wide.size() / 2, Gathered{});
+  const auto add = [&](std::int64_t half, std::size_t column, float weight) {
+    if (weight == 0.0f) return;
+    Gathered& to = columns[half];
+    if (to.count == 0) to.first = static_cast<std::int64_t>(column);
+    to.weight[to.count++] = weight;
+  };
+  for (std::size_t x = 0; x < wide.size(); ++x) {
+    add(wide[x].before, x, 1.0f - wide[x].share);
+    add(wide[x].before + 1, x, wide[x].share);
+  }
+  return columns;
+}
+
+// Bands of images: units of work, cut by shapes alone.
+struct Bands {
+  std::int64_t images, height, rows, per_image, units;
+
+  explicit Bands(const Problem& q) : images(q.images), height(q.height) {
+    const std::int64_t all = std::max<std::int64_t>(1, q.parts * q.images);
+    const std::int64_t wanted = std::max<std::int64_t>(1, kEnoughUnits / all);
+    rows = std::max(kLeastRows, (height + wanted - 1) / wanted);
+    rows += rows % 2;
+    per_image = std::max<std::int64_t>(1, (height + rows - 1) / rows);
+    units = q.parts * q.images * per_image;
+  }
+  std::int64_t part(std::int64_t unit) const { return unit / per_image / images; }
+  std::int64_t image(std::int64_t unit) const { return unit / per_image % images; }
+  std::int64_t begin(std::int64_t unit) const { return unit % per_image * rows; }
+  std::int64_t end(std::int64_t unit) const { return std::min(height, begin(unit) + rows); }
+};
+
+struct Forward {
+  const Problem& q;
+  const Coefficients& coefficients;
+  const MixKernels& kernels;
+  const std::vector<Between>&rows, &columns;
+  void* out;
+  bool streams;
+  float floor;
+
+  // Row y of image n of part p. `tile` is scratch for a row, `narrow` for one of half the width.
+  void row(std::int64_t p, std::int64_t n, std::int64_t y, float* tile, float* narrow,
+           std::vector<TermOfMap>& here) const {
+    here.clear();
+    for (std::size_t s = 0; s < q.terms.size(); ++s) {
+      if (!q.up[s]) here.push_back({coefficients.term(p, s), q.map(s, p, n, y * q.row())});
+    }
+    AddTerms run{};
+    run.count = q.width;
+    run.channels = q.channels;
+    run.columns = columns.data();
+    run.step = q.width > 2 ? q.channels : 0;
+    for (std::size_t s = 0; s < q.terms.size(); ++s) {
+      if (!q.up[s]) continue;
+      if (run.row != nullptr) {  // another one before: the kernel widens one row at a time
+        run.out = tile;
+        run.to_float = true;
+        run.floor = kNoFloor;
+        kernels.add_terms(q.dtype, run);
+        run.sum = tile;
+      }
+      run.row = narrow;
+      run.widened = coefficients.term(p, s);
+      const char* above = q.map(s, p, n, rows[y].before * q.half_row());
+      const char* below = element(above, q.height > 2 ? q.half_row() : 0, q.dtype);
+      kernels.mix_rows(q.dtype, above, below, rows[y].share, run.widened, q.width / 2, q.channels,
+                       narrow);
+    }
+    run.out = element(out, ((p * q.images + n) * q.height + y) * q.row(), q.dtype);
+    run.to_float = false;
+    run.streams = streams;
+    run.floor = floor;
+    add_all_terms(kernels, q.dtype, run, here, tile);
+  }
+};
+
+struct Backward {
+  const Problem& q;
+  const Coefficients& coefficients;
+  const MixKernels& kernels;
+  const std::vector<Between>& rows;
+  const std::vector<Gathered>& columns;
+  const void* g;
+  std::int64_t g_part_stride;
+  const void* h;  // null: there is no final ReLU
+
+  // Rows [begin, end) of image n of part p. `row` is scratch for a row, `halves` for two of half the
+  // width.
+  void band(std::int64_t p, std::int64_t n, std::int64_t begin, std::int64_t end, float* row,
+            float* halves, FloatSums& partial, double* sums) const {
+    // Rows of half resolution that this band completes: those before `done` have been written.
+    const std::int64_t half_begin = begin / 2, half_end = columns.empty() ? half_begin : end / 2;
+    std::int64_t done = half_begin;
+    const auto half_sums = [&](std::int64_t y) { return halves + y % 2 * q.half_row(); };
+    const auto ours = [&](std::int64_t y) {
+      return y >= half_begin && y < half_end ? half_sums(y) : nullptr;
+    };
+    const auto complete_until = [&](std::int64_t y) {
+      for (; done < std::min(y, half_end); ++done) {
+        write(p, n, done * q.half_row(), q.width / 2, half_sums(done), true, partial);
+        std::fill_n(half_sums(done), q.half_row(), 0.0f);
+      }
+    };
+    std::fill_n(halves, 2 * q.half_row(), 0.0f);
+    // Rows around the band are gathered too: all that touch our rows of half resolution.
+    std::int64_t from = begin, to = end;
+    if (half_end > half_begin) {
+      while (from > 0 && rows[from - 1].before + 1 >= half_begin) --from;
+      while (to < q.height && rows[to].before < half_end) ++to;
+    }
+    for (std::int64_t y = from; y < to; ++y) {
+      const std::int64_t at = n * q.height * q.row() + y * q.row();
+      const void* passes =
+          h == nullptr ? nullptr : element(h, p * q.images * q.height * q.row() + at, q.dtype);
+      kernels.pass_gradient(q.dtype, element(g, p * g_part_stride + at, q.dtype), passes, q.row(),
+                            row);
+      if (y >= begin && y < end) {
+        write(p, n, y * q.row(), q.width, row, false, partial);
+        partial.add_pixels(q.width, sums);
+      }
+      if (half_end == half_begin) continue;
+      const std::int64_t above = rows[y].before;
+      complete_until(above);
+      kernels.gather_row(columns.data(), q.width / 2, row, rows[y].share, q.channels, ours(above),
+                         ours(above + 1));
+    }
+    complete_until(half_end);
+    partial.finish(sums);
+  }
+
+  // Gradients of a row that begins `at` elements into the image, of the terms that are upsampled or
+  // of the others.
+  void write(std::int64_t p, std::int64_t n, std::int64_t at, std::int64_t pixels, const float* row,
+             bool up, FloatSums& partial) const {
+    for (std::size_t s = 0; s < q.terms.size(); ++s) {
+      if (q.up[s] != up) continue;
+      TermGradient run{};
+      run.g = row;
+      run.g_is_float = true;
+      run.y = q.map(s, p, n, at);
+      run.gy = q.gradient(s, p, n, at);
+      run.count = pixels;
+      run.channels = q.channels;
+      run.term = coefficients.term(p, s);
+      run.sums = partial.of(s);
+      run.streams = !up && worth_streaming(q.terms[s].gradient, q.elements(), q.channels, q.dtype);
+      kernels.term_gradient(q.dtype, run);
+    }
+  }
+};
+
 }  // namespace
 
 void scale_mix(const Addresses& sources, const Integers& part_strides, const Integers& transforms,
-               const std::array<Addresses, 4>& norms, Address weights, bool relu, bool down_relu,
-               double eps, Address out, const Size& size, int dtype) {
+               const Norms& norms, Address weights, bool relu, bool down_relu, double eps,
+               Address out, const Size& size, int dtype) {
   const Problem q =
-      problem(sources, part_strides, transforms, norms, size, relu, down_relu, {});
+      problem(sources, part_strides, transforms, norms, size, down_relu, {}, dtype);
   const Coefficients coefficients(q.terms, reinterpret_cast<const float*>(weights), q.parts,
                                   q.channels, eps);
-  dispatch_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    forward(q, coefficients, reinterpret_cast<T*>(out));
-  });
+  const MixKernels& kernels = mix_kernels();
+  std::vector<Between> rows, columns;
+  if (q.any_up()) {
+    rows = positions(q.height);
+    columns = positions(q.width);
+  }
+  void* to = reinterpret_cast<void*>(out);
+  const Forward forward{q,  coefficients, kernels, rows, columns,
+                        to, worth_streaming(to, q.elements(), q.channels, dtype),
+                        relu ? 0.0f : kNoFloor};
+  const Bands bands(q);
+#pragma omp parallel if (bands.units > 1)
+  {
+    static thread_local Workspace memory;
+    float* tile = memory.floats(q.row() + q.half_row());
+    std::vector<TermOfMap> here;
+#pragma omp for schedule(static)
+    for (std::int64_t unit = 0; unit < bands.units; ++unit) {
+      for (std::int64_t y = bands.begin(unit); y < bands.end(unit); ++y) {
+        forward.row(bands.part(unit), bands.image(unit), y, tile, tile + q.row(), here);
+      }
+    }
+  }
 }
 
 void scale_mix_backward(Address g, std::int64_t g_part_stride, Address h, const Addresses& sources,
                         const Integers& part_strides, const Integers& transforms,
-                        const std::array<Addresses, 4>& norms, Address weights, bool relu,
-                        bool down_relu, double eps, const Addresses& g_sources,
-                        const std::array<Address, 4>& g_norms, Address g_weights, const Size& size,
-                        int dtype) {
+                        const Norms& norms, Address weights, bool relu, bool down_relu, double eps,
+                        const Addresses& g_sources, const std::array<Address, 4>& g_norms,
+                        Address g_weights, const Size& size, int dtype) {
   const Problem q =
-      problem(sources, part_strides, transforms, norms, size, relu, down_relu, g_sources);
+      problem(sources, part_strides, transforms, norms, size, down_relu, g_sources, dtype);
   const auto* w = reinterpret_cast<const float*>(weights);
   const Coefficients coefficients(q.terms, w, q.parts, q.channels, eps);
+  const MixKernels& kernels = mix_kernels();
+  std::vector<Between> rows;
+  std::vector<Gathered> columns;
+  if (q.any_up()) {
+    rows = positions(q.height);
+    columns = gathered(positions(q.width));
+  }
+  const Backward backward{q,
+                          coefficients,
+                          kernels,
+                          rows,
+                          columns,
+                          reinterpret_cast<const void*>(g),
+                          g_part_stride,
+                          relu ? reinterpret_cast<const void*>(h) : nullptr};
   const Bands bands(q);
-  const std::int64_t units_per_part = q.images * bands.per_image;
-  TermSums sums(q.parts * std::max<std::int64_t>(1, units_per_part), q.terms.size(), q.channels);
-  dispatch_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    backward(q, coefficients, reinterpret_cast<const T*>(g), g_part_stride,
-             relu ? reinterpret_cast<const T*>(h) : nullptr, sums, bands);
-  });
+  const std::int64_t units_per_part = std::max<std::int64_t>(1, q.images * bands.per_image);
+  TermSums sums(q.parts * units_per_part, q.terms.size(), q.channels);
+#pragma omp parallel if (bands.units > 1)
+  {
+    static thread_local Workspace memory;
+    float* row = memory.floats(q.row() + 2 * q.half_row());
+    FloatSums partial(sums);
+#pragma omp for schedule(static)
+    for (std::int64_t unit = 0; unit < bands.units; ++unit) {
+      backward.band(bands.part(unit), bands.image(unit), bands.begin(unit), bands.end(unit), row,
+                    row + q.row(), partial, sums.of(unit));
+    }
+  }
   const auto gradient = [&](int i) { return reinterpret_cast<float*>(g_norms[i]); };
-  finish_gradients(q.terms, w, sums, q.parts, std::max<std::int64_t>(1, units_per_part),
-                   q.channels, eps,
+  finish_gradients(q.terms, w, sums, q.parts, units_per_part, q.channels, eps,
                    {gradient(0), gradient(1), gradient(2), gradient(3),
                     reinterpret_cast<float*>(g_weights)});
 }

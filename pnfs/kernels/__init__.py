@@ -29,6 +29,7 @@ __all__ = [
     "ops",
     "scale_mix",
     "separable_conv",
+    "scale_mix",
     "use_backend",
     "vector_heatmap",
     "vector_heatmap_loss",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pnfs.kernels import checks, native
-from pnfs.kernels.checks import STORAGE, Verdict
+from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
 from pnfs.kernels.registry import NATIVE_DEVICES, Backend, register_op, torch_op
 
 
@@ -102,13 +102,13 @@ def _backward(launch: Callable[..., Any], ctx: Any, g_mean: Tensor, g_var: Tenso
     return launch(x, mean, g_mean, g_var)
 
 
-def _can_run(x: Tensor) -> Verdict:
-    return checks.has_dtype("x", x.dtype, STORAGE)
+def _can_run_cpp(x: Tensor) -> Verdict:
+    return checks.has_dtype("x", x.dtype, STORAGE_CPU)
 
 
 OP = register_op("batch_stats", batch_stats_reference)
-_BACKENDS: tuple[tuple[Backend, Any, Any], ...] = (("cpp", _cpp, _cpp_backward),)
-for _backend, _fn, _fn_backward in _BACKENDS:
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any], ...] = (("cpp", _cpp, _cpp_backward, _can_run_cpp),)
+for _backend, _fn, _fn_backward, _can_run in _BACKENDS:
     _name, _devices = f"batch_stats_{_backend}_backward", NATIVE_DEVICES[_backend]
     _launch = torch_op(_name, _fn_backward, _empty_backward, _devices)
     _options = {"setup_context": _setup_context, "backward": partial(_backward, _launch)}

@@ -21,6 +21,7 @@ RUNS: Verdict = (True, "")
 # Codes of csrc/core/dtypes.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STORAGE = tuple(DTYPE_CODES)  # types that compiled kernels keep maps in
+STORAGE_CPU = (torch.float32, torch.bfloat16)  # those of the CPU's
 
 
 def no(reason: str) -> Verdict:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
-from pnfs.kernels.checks import STORAGE, Verdict
+from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
 from pnfs.kernels.registry import NATIVE_DEVICES, Backend, register_op, torch_op
 
 
@@ -214,13 +214,13 @@ def _backward(launch: Callable[..., Any], ctx: Any, g: Tensor) -> tuple[Any, ...
     return g_x, g_maps, list(g_means), list(g_variances), g_weights, g_relu, None
 
 
-def _can_run(x: Tensor | None, branches: Sequence[Tensor], *_: Any) -> Verdict:
-    return checks.has_dtype("x", (branches[0] if x is None else x).dtype, checks.STORAGE)
+def _can_run_cpp(x: Tensor | None, branches: Sequence[Tensor], *_: Any) -> Verdict:
+    return checks.has_dtype("x", (branches[0] if x is None else x).dtype, STORAGE_CPU)
 
 
 OP = register_op("mixed_sum", mixed_sum_reference)
-_BACKENDS: tuple[tuple[Backend, Any, Any], ...] = (("cpp", _cpp, _cpp_backward),)
-for _backend, _fn, _fn_backward in _BACKENDS:
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any], ...] = (("cpp", _cpp, _cpp_backward, _can_run_cpp),)
+for _backend, _fn, _fn_backward, _can_run in _BACKENDS:
     _name, _devices = f"mixed_sum_{_backend}_backward", NATIVE_DEVICES[_backend]
     _launch = torch_op(_name, _fn_backward, _empty_backward, _devices)
     _options = {"setup_context": _setup_context, "backward": partial(_backward, _launch)}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError, did_you_mean
 from pnfs.kernels import checks, native
-from pnfs.kernels.checks import STORAGE, Verdict
+from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
 from pnfs.kernels.registry import NATIVE_DEVICES, Backend, register_op, torch_op
 
 TRANSFORMS = ("same", "down", "up")
@@ -251,13 +251,13 @@ def _backward(launch: Callable[..., Any], ctx: Any, g: Tensor) -> tuple[Any, ...
     return g_sources, None, *g_lists, g_weights, None, None, None
 
 
-def _can_run(sources: Sequence[Tensor], *_: Any) -> Verdict:
-    return checks.has_dtype("sources[0]", sources[0].dtype, STORAGE)
+def _can_run_cpp(sources: Sequence[Tensor], *_: Any) -> Verdict:
+    return checks.has_dtype("sources[0]", sources[0].dtype, STORAGE_CPU)
 
 
 OP = register_op("scale_mix", scale_mix_reference)
-_BACKENDS: tuple[tuple[Backend, Any, Any], ...] = (("cpp", _cpp, _cpp_backward),)
-for _backend, _fn, _fn_backward in _BACKENDS:
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any], ...] = (("cpp", _cpp, _cpp_backward, _can_run_cpp),)
+for _backend, _fn, _fn_backward, _can_run in _BACKENDS:
     _name, _devices = f"scale_mix_{_backend}_backward", NATIVE_DEVICES[_backend]
     _launch = torch_op(_name, _fn_backward, _empty_backward, _devices)
     _options = {"setup_context": _setup_context, "backward": partial(_backward, _launch)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
+from numerics import ISAS, error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
 from torch import Tensor
 
 from pnfs.errors import PnfsError
@@ -25,6 +25,7 @@ BACKENDS = [
     pytest.param("cpp", "cpu", marks=needs_cpp),
 ]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def random_maps(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -70,10 +71,13 @@ def test_gradcheck_of_the_reference() -> None:
 def test_equals_the_float64_reference(
     backend: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
+    if backend == "cpp" and dtype not in CPU_DTYPES:
+        pytest.skip("not a type of the CPU kernels")
     check(random_maps(*shape, dtype=dtype), backend, device)
 
 
 @on_every_backend
+@pytest.mark.filterwarnings("ignore:var_mean")  # of an empty batch
 @settings(max_examples=30, deadline=None)
 @given(
     parts=st.integers(1, 8),
@@ -139,6 +143,17 @@ def test_one_of_the_results_can_go_unused(backend: str, device: str) -> None:
 
 
 @needs_cpp
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+def test_every_instruction_set(
+    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PNFS_ISA", isa)
+    for channels in (3, 22, 64):
+        check(random_maps(2, 2, channels, 20, 16, dtype=dtype), "cpp", "cpu")
+
+
+@needs_cpp
 def test_every_value_is_written_and_equal_in_every_run() -> None:
     x = random_maps(3, 3, 80, 17, 19)
     with use_backend("cpp"), memory_filled_with_nan():
@@ -149,7 +164,7 @@ def test_every_value_is_written_and_equal_in_every_run() -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
     for shape in ((2, 2, 5, 3, 4), (1, 1, 16, 1, 1)):
         x = random_maps(*shape, dtype=dtype).requires_grad_()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
+from numerics import ISAS, error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,6 +28,7 @@ BACKENDS = [
     pytest.param("cpp", "cpu", marks=needs_cpp),
 ]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ def test_gradcheck_of_the_reference() -> None:
 def test_equals_the_float64_reference(
     backend: str, device: str, dtype: torch.dtype, branches: int, skip: bool
 ) -> None:
+    if backend == "cpp" and dtype not in CPU_DTYPES:
+        pytest.skip("not a type of the CPU kernels")
     check(random_case((3, 2, 64, 6, 5), branches, skip=skip, dtype=dtype), backend, device)
 
 
@@ -233,6 +236,17 @@ def test_with_statistics_of_the_branches_themselves(backend: str, device: str) -
 
 
 @needs_cpp
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+def test_every_instruction_set(
+    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PNFS_ISA", isa)
+    for channels in (3, 22, 64):
+        check(random_case((2, 2, channels, 5, 6), dtype=dtype), "cpp", "cpu")
+
+
+@needs_cpp
 def test_every_value_is_written_and_equal_in_every_run() -> None:
     case = random_case((3, 3, 80, 17, 19))
     with use_backend("cpp"), memory_filled_with_nan():
@@ -243,7 +257,7 @@ def test_every_value_is_written_and_equal_in_every_run() -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
     for case in (
         random_case((2, 2, 5, 3, 4), dtype=dtype),
@@ -297,8 +311,10 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
 
 
 @needs_cpp
-def test_float64_runs_on_the_reference_alone() -> None:
-    case = random_case((2, 1, 4, 3, 3)).double()
-    with use_backend("cpp"), pytest.raises(PnfsError, match="float64, takes float32, bfloat16"):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_types_run_on_the_reference(dtype: torch.dtype) -> None:
+    case = random_case((2, 1, 4, 3, 3), dtype=dtype)
+    case = case.double() if dtype == torch.float64 else case
+    with use_backend("cpp"), pytest.raises(PnfsError, match="x is float.., takes float32, bfloat1"):
         run(case)
     run(case)

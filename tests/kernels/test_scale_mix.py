@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
+from numerics import ISAS, error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +29,7 @@ BACKENDS = [
     pytest.param("cpp", "cpu", marks=needs_cpp),
 ]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ def test_gradcheck_of_the_reference(relu: bool, down_relu: bool) -> None:
 def test_equals_the_float64_reference(
     backend: str, device: str, dtype: torch.dtype, transforms: str
 ) -> None:
+    if backend == "cpp" and dtype not in CPU_DTYPES:
+        pytest.skip("not a type of the CPU kernels")
     for relu in (True, False):
         case = random_case((3, 2, 64, 8, 6), transforms, relu=relu, down_relu=not relu, dtype=dtype)
         check(case, backend, device)
@@ -238,6 +241,17 @@ def test_any_layout(backend: str, device: str) -> None:
 
 
 @needs_cpp
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+def test_every_instruction_set(
+    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PNFS_ISA", isa)
+    for channels in (3, 22, 64):
+        check(random_case((2, 2, channels, 6, 8), dtype=dtype), "cpp", "cpu")
+
+
+@needs_cpp
 @pytest.mark.parametrize("images", [1, 9])
 def test_every_value_is_written_and_equal_in_every_run(images: int) -> None:
     case = random_case((2, images, 80, 38, 18))
@@ -249,7 +263,7 @@ def test_every_value_is_written_and_equal_in_every_run(images: int) -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
     for case in (
         random_case((2, 2, 5, 4, 2), dtype=dtype),

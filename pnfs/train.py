@@ -224,6 +224,12 @@ class _Trainer:
             f"{self.config.train.precision} on {self.world} x {self.device.type}; "
             f"{self.total_steps} steps; run folder {self.out}"
         )
+        data, scored = self.config.data.profile, self.config.eval.profile
+        if data != scored:
+            say(
+                f"note: trained with data.profile={data} and scored with eval.profile={scored}, "
+                "whose colours and boxes differ; set both to one unless you mean it"
+            )
         if self.resumed_from is not None:
             say(f"resumed from {self.resumed_from}")
         if self.loader.epoch >= self.config.train.epochs:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pnfs import steps
-from pnfs.checkpoint import list_checkpoints, load_model, save_weights
+from pnfs.checkpoint import list_checkpoints, load_model, read_metadata, save_weights
 from pnfs.config import TrainConfig, load_config
 from pnfs.errors import PnfsError
+from pnfs.evaluation.pckh import PCKH_10, PCKH_50
 from pnfs.runlog import run_config
 from pnfs.schedule import learning_rate
 from pnfs.train import MAX_NONFINITE, train
@@ -305,6 +307,33 @@ def test_plain_lines_show_loss_rate_and_data_time(
         assert word in shown
 
 
+def test_the_best_model_of_mpii_is_the_one_of_the_highest_pckh(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pnfs import train as module
+
+    scores = iter([(40.0, 9.0), (60.0, 5.0), (50.0, 8.0)])
+
+    def evaluate(*args, **kwargs):  # type: ignore[no-untyped-def]
+        pckh_50, pckh_10 = next(scores)
+        return SimpleNamespace(metrics={PCKH_10: pckh_10, PCKH_50: pckh_50})
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    result = train(small_config(people, "train.epochs=3"), tmp_path / "run", quiet=True)
+    assert result.best == 60.0 and result.metrics[PCKH_50] == 50.0
+    assert read_metadata(result.run / "model.safetensors")[1]["epoch"] == 2
+
+
+def test_profiles_that_disagree_are_said(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "note: trained with data.profile=standard"
+    train(small_config(people), tmp_path / "same", stop_at=1)
+    assert note not in capsys.readouterr().out
+    train(small_config(people, "eval.profile=posenfs"), tmp_path / "other", stop_at=1)
+    assert note in capsys.readouterr().out
+
+
 def test_learning_rates() -> None:
     step = TrainConfig(lr=1.0, lr_steps=(2, 3), lr_factor=0.25, epochs=4, warmup_steps=3)
     rates = [learning_rate(step, i, 10) for i in (0, 2, 3, 19, 20, 30, 39)]
@@ -343,6 +372,21 @@ def test_a_run_of_two_processes_equals_one_and_goes_on_with_one(
     assert train(alone, tmp_path / "one", quiet=True).step == 2
     first, second = (rows_of(tmp_path / name, "train")[0]["loss"] for name in ("one", "two"))
     assert first == pytest.approx(second, rel=1e-6)
+
+    # Two processes resume where they stopped, with the running statistics that were saved.
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    command[command.index(str(tmp_path / "two"))] = str(tmp_path / "again")
+    torchrun(*command, "--set", "train.epochs=3", "--resume")
+    train(
+        run_config(tmp_path / "one", ["train.epochs=3"]), tmp_path / "one", resume=True, quiet=True
+    )
+    (resumed, _), (whole, _) = (state_of(tmp_path / name) for name in ("again", "one"))
+    # Adam turns rounding in gradients that vanish into steps, so weights are not compared; running
+    # statistics that had been lost would be off by most of their own size.
+    for kind, start in ("running_mean", 0.0), ("running_var", 1.0):
+        keys = [key for key in whole if key.endswith(kind)]
+        have, want = (torch.cat([t[k].flatten() for k in keys]) - start for t in (resumed, whole))
+        assert (have - want).norm() < 0.02 * want.norm()
 
     longer = run_config(tmp_path / "two", ["train.epochs=3"])
     result = train(longer, tmp_path / "two", resume=True, quiet=True)

@@ -29,7 +29,6 @@ __all__ = [
     "ops",
     "scale_mix",
     "separable_conv",
-    "scale_mix",
     "use_backend",
     "vector_heatmap",
     "vector_heatmap_loss",

@@ -41,6 +41,6 @@ def bench_mixed_sum(measure: Any, backend: str, device: str, level: tuple[int, i
             want=call(torch.float64, "torch")(),
             tolerance=1e-3,
             bytes=11 * map_.nbytes,
-            against={"torch": call(torch.float32, "torch")},
+            against=harness.references(run, inputs),
         )
     )

@@ -45,6 +45,6 @@ def bench_scale_mix(measure: Any, backend: str, device: str, level: tuple[int, i
             want=call(torch.float64, "torch")(),
             tolerance=2e-3,
             bytes=8 * map_.nbytes,
-            against={"torch": call(torch.float32, "torch")},
+            against=harness.references(run, inputs),
         )
     )

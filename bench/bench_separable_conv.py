@@ -44,6 +44,6 @@ def bench_separable_conv(
             want=call(torch.float64, "torch")(),
             tolerance=2e-3,
             bytes=5 * map_.nbytes,
-            against={"torch": call(torch.float32, "torch")},
+            against=harness.references(run, inputs),
         )
     )

@@ -36,6 +36,6 @@ def bench_vector_heatmap(measure: Any, backend: str, device: str, count: int) ->
             want=call(torch.float64, "torch")(),
             tolerance=1e-5,
             bytes=3 * sum(v.nbytes for v in vectors),
-            against={"torch": call(torch.float32, "torch")},
+            against=harness.references(run, vectors),
         )
     )

@@ -38,6 +38,6 @@ def bench_vector_heatmap_loss(measure: Any, backend: str, device: str, count: in
             want=call(torch.float64, "torch")(),
             tolerance=1e-5,
             bytes=2 * sum(v.nbytes for v in vectors),
-            against={"torch": call(torch.float32, "torch")},
+            against=harness.references(run, vectors),
         )
     )

@@ -17,19 +17,24 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from pnfs import kernels
+from pnfs.costs import count_calls
 from pnfs.info import collect_info, cpu_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROUND_SECONDS = 2e-3  # a round repeats the call until it lasts this long
-ROUNDS = 30
+ROUNDS = (7, 30)  # fewest and most; between them as many as take MEASURE_SECONDS
+MEASURE_SECONDS = 1.0
+# Ways to a result whose every call PyTorch's dispatcher sees: their traffic can be counted.
+COUNTED = ("torch", "eager")
 # Maps of the part fabrics of preset ours-1 at 256×192: (channels, height, width) of each level.
 FABRIC_LEVELS = ((64, 64, 48), (128, 32, 24), (256, 16, 12))
 PARTS = 3
@@ -43,9 +48,14 @@ class Case:
     device: "cpu" or "cuda".
     call: runs the op once on `backend` and returns its output, a tensor or a tuple of tensors.
     want: the right output, usually the reference's in float64.
-    tolerance: largest |output - want| / (1 + |want|).
+    tolerance: largest |output - want| / (1 + |want|), of `call` and of every other way.
     bytes: that the call must at least read and write.
-    against: other ways to the same result by name, timed in the same run; "torch": the reference.
+    flops: floating-point operations, a multiply-add counted as two; 0 where memory alone decides.
+    images: that one call takes, where images per second mean something.
+    against: other ways to the same result by name, timed in the same run; "torch" is the reference,
+        "compile" what torch.compile makes of it. They may prepare themselves at their first call.
+    approximate: those of `against` whose output is close, not equal, and not compared.
+    skipped: ways that cannot run here, with the reason.
     """
 
     op: str
@@ -56,26 +66,57 @@ class Case:
     want: Any
     tolerance: float
     bytes: int
+    flops: int = 0
+    images: int | None = None
     against: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    approximate: tuple[str, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What the device can do at best, measured: bytes per second of a large copy, read plus
+    written, and floating-point operations per second of a large float32 matrix product."""
+
+    bytes: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Times of one call in microseconds."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the JSON; times in microseconds, bandwidth in 1e9 bytes per second."""
+    """One row of the JSON; bandwidth in 1e9 bytes per second, of the bytes that must move.
+
+    percent_of_copy, percent_of_fma: of the roofs; the larger one is the roof that limits.
+    traffic: way -> calls and bytes that it really makes, as `pnfs.count_costs` counts them; "ours"
+        and those of the other ways that can be counted.
+    ratio: how many times longer another way takes: the median over rounds in which both ran.
+    """
 
     op: str
     case: str
     backend: str
     device: str
-    median_us: float
-    p20_us: float
-    p80_us: float
+    time: Spread
     error: float
     gb_s: float
     percent_of_copy: float
+    gflop_s: float
+    percent_of_fma: float
+    images: int | None
     peak_mib: float | None
-    against_us: dict[str, float]
-    ratio: dict[str, float]  # how many times longer the other way takes
+    traffic: dict[str, tuple[int, int]]
+    against: dict[str, Spread]
+    ratio: dict[str, float]
+    skipped: dict[str, str]
 
 
 def backends(op: str) -> list[Any]:
@@ -117,17 +158,40 @@ def forward_backward(run: Callable[..., Any], inputs: list[Tensor]) -> Callable[
     The outputs' gradients are fixed random numbers, the same for every dtype.
     """
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    with torch.no_grad():
-        shapes = [out.shape for out in _tuple(run(*leaves))]
-    generator = torch.Generator().manual_seed(1)
-    seeds = [torch.randn(shape, generator=generator).to(inputs[0].device) for shape in shapes]
+    seeds: list[Tensor] = []
 
     def call() -> tuple[Tensor, ...]:
         outputs = _tuple(run(*leaves))
-        grads = [seed.to(out.dtype) for seed, out in zip(seeds, outputs, strict=True)]
-        return (*outputs, *torch.autograd.grad(outputs, leaves, grads))
+        if not seeds:
+            generator = torch.Generator().manual_seed(1)
+            for out in outputs:
+                seed = torch.randn(out.shape, generator=generator)
+                seeds.append(torch.empty_like(out).copy_(seed))
+        return (*outputs, *torch.autograd.grad(outputs, leaves, seeds))
 
     return call
+
+
+def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` on the reference, compiled by torch.compile at the first call, for its shapes alone."""
+    made: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        with kernels.use_backend("torch"):
+            if not made:
+                torch.compiler.reset()  # else it counts the shapes of other cases and gives up
+                made.append(torch.compile(run, fullgraph=True, dynamic=False))
+            return made[0](*args)
+
+    return call
+
+
+def references(run: Callable[..., Any], inputs: list[Tensor]) -> dict[str, Callable[[], Any]]:
+    """`Case.against` of an op that is differentiated: the reference eagerly and compiled."""
+    return {
+        "torch": forward_backward(on_backend("torch", run), inputs),
+        "compile": forward_backward(compiled(run), inputs),
+    }
 
 
 def _tuple(output: Any) -> tuple[Tensor, ...]:
@@ -146,8 +210,16 @@ def error_of(output: Any, want: Any) -> float:
     return max(error_of(a, b) for a, b in zip(output, want, strict=True))
 
 
-def repeated(call: Callable[[], Any], device: str) -> tuple[Callable[[], None], int]:
-    """A round: enough calls to last ROUND_SECONDS, waiting for the device at the end."""
+class Round(NamedTuple):
+    """Enough calls to last ROUND_SECONDS."""
+
+    run: Callable[[], float]  # seconds per call
+    count: int
+    seconds: float  # what a round takes
+
+
+def repeated(call: Callable[[], Any], device: str) -> Round:
+    """A round of `call` that waits for the device at its end."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def run(count: int) -> float:
@@ -161,66 +233,107 @@ def repeated(call: Callable[[], Any], device: str) -> tuple[Callable[[], None], 
     count = 1
     while (seconds := run(count)) < ROUND_SECONDS:
         count = max(count + 1, int(count * min(10.0, 1.2 * ROUND_SECONDS / seconds)))
-    return lambda: (run(count), None)[1], count
+    return Round(lambda: run(count) / count, count, seconds)
+
+
+def round_count(seconds: float) -> int:
+    """How many rounds of `seconds` each to take."""
+    return max(ROUNDS[0], min(ROUNDS[1], int(MEASURE_SECONDS / seconds)))
 
 
 def time_call(call: Callable[[], Any], device: str) -> list[float]:
-    """Seconds per call, one figure per round; fewer rounds where they would take over a second."""
-    round_, count = repeated(call, device)
-    seconds: list[float] = []
-    while len(seconds) < ROUNDS and (len(seconds) < 5 or sum(seconds) * count < 1):
-        start = time.perf_counter()
-        round_()
-        seconds.append((time.perf_counter() - start) / count)
-    return seconds
+    """Seconds per call, one figure per round."""
+    round_ = repeated(call, device)
+    return [round_.run() for _ in range(round_count(round_.seconds))]
 
 
-def copy_bandwidth(device: str) -> float:
-    """Measured bytes per second, read plus written, of a copy too large for the caches."""
+def measure_roofs(device: str) -> Roofs:
+    """Time a copy too large for the caches, and a matrix product large enough to hide its reads."""
     source = torch.ones(2**26 if device == "cpu" else 2**28, device=device)
     target = torch.empty_like(source)
-    seconds = statistics.median(time_call(lambda: target.copy_(source), device))
-    return 2 * source.nbytes / seconds
+    copy = statistics.median(time_call(lambda: target.copy_(source), device))
+    size = 2048 if device == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+    product = statistics.median(time_call(lambda: left @ right, device))
+    return Roofs(bytes=2 * source.nbytes / copy, flops=2 * size**3 / product)
 
 
-def measure(case: Case, benchmark: Any, bandwidth: Callable[[str], float]) -> Result | None:
-    """Check, then time. None when pytest-benchmark is told to disable timing.
+def spread(seconds: list[float]) -> Spread:
+    ordered = sorted(second * 1e6 for second in seconds)
+    fifth = len(ordered) // 5
+    return Spread(statistics.median(ordered), ordered[fifth], ordered[-1 - fifth])
+
+
+def check(case: Case, way: str, output: Any) -> float:
+    """The error of an output.
 
     Raises:
-        AssertionError: the output is wrong.
+        AssertionError: it is larger than allowed.
+    """
+    error = error_of(output, case.want)
+    assert error <= case.tolerance, (
+        f"{case.op} {case.name}, {way}: the output is wrong by {error:.3g}, "
+        f"allowed is {case.tolerance:.3g}; no speed is reported"
+    )
+    return error
+
+
+def measure(case: Case, benchmark: Any, roofs: Callable[[str], Roofs]) -> Result | None:
+    """Check, then time all ways in turn, round by round, so that what disturbs the machine disturbs
+    them alike. None when pytest-benchmark is told to disable timing.
+
+    Raises:
+        AssertionError: an output is wrong.
     """
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    error = error_of(case.call(), case.want)
-    assert error <= case.tolerance, (
-        f"{case.op} {case.name} on {case.backend}: the output is wrong by {error:.3g}, "
-        f"allowed is {case.tolerance:.3g}; no speed is reported"
-    )
+    error = check(case, f"backend {case.backend}", case.call())
+    peak = torch.cuda.max_memory_allocated() / 2**20 if case.device == "cuda" else None
     if benchmark.disabled:
         benchmark(case.call)
         return None
-    against = {
-        name: statistics.median(time_call(call, case.device)) for name, call in case.against.items()
-    }
-    round_, count = repeated(case.call, case.device)
-    benchmark.pedantic(round_, rounds=ROUNDS, iterations=1)
-    seconds = sorted(second / count for second in benchmark.stats.stats.data)
-    median = statistics.median(seconds)
-    rate = case.bytes / median
+    for name, call in case.against.items():
+        output = call()
+        if name not in case.approximate:
+            check(case, name, output)
+    ways = {"ours": case.call, **case.against}
+    traffic = {name: count_calls(ways[name]) for name in ways if name in ("ours", *COUNTED)}
+    rounds = {name: repeated(call, case.device) for name, call in ways.items()}
+    others: dict[str, list[float]] = {name: [] for name in case.against}
+
+    def rounds_of_others() -> None:
+        for name, seconds in others.items():
+            seconds.append(rounds[name].run())
+
+    benchmark.pedantic(
+        rounds["ours"].run,
+        setup=rounds_of_others,
+        rounds=round_count(sum(round_.seconds for round_ in rounds.values())),
+        iterations=1,
+    )
+    seconds = [second / rounds["ours"].count for second in benchmark.stats.stats.data]
+    roof = roofs(case.device)
+    bytes_rate, flops_rate = (n / statistics.median(seconds) for n in (case.bytes, case.flops))
     result = Result(
         op=case.op,
         case=case.name,
         backend=case.backend,
         device=case.device,
-        median_us=median * 1e6,
-        p20_us=seconds[len(seconds) // 5] * 1e6,
-        p80_us=seconds[len(seconds) * 4 // 5] * 1e6,
+        time=spread(seconds),
         error=error,
-        gb_s=rate / 1e9,
-        percent_of_copy=100 * rate / bandwidth(case.device),
-        peak_mib=torch.cuda.max_memory_allocated() / 2**20 if case.device == "cuda" else None,
-        against_us={name: value * 1e6 for name, value in against.items()},
-        ratio={name: value / median for name, value in against.items()},
+        gb_s=bytes_rate / 1e9,
+        percent_of_copy=100 * bytes_rate / roof.bytes,
+        gflop_s=flops_rate / 1e9,
+        percent_of_fma=100 * flops_rate / roof.flops,
+        images=case.images,
+        peak_mib=peak,
+        traffic=traffic,
+        against={name: spread(theirs) for name, theirs in others.items()},
+        ratio={
+            name: statistics.median(a / b for a, b in zip(theirs, seconds, strict=True))
+            for name, theirs in others.items()
+        },
+        skipped=case.skipped,
     )
     benchmark.extra_info.update(asdict(result))
     return result
@@ -233,10 +346,20 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def save(results: list[Result], bandwidths: dict[str, float]) -> list[Path]:
+def versions() -> dict[str, str]:
+    """Of everything that decides a time; packages that are compared with where installed."""
+    found = collect_info().versions
+    for package in ("onnxruntime", "openvino"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def save(results: list[Result], roofs: dict[str, Roofs]) -> list[Path]:
     """Write bench/results/<device>-<torch>-<commit>.json per device; rows of an earlier run under
     the same key stay unless measured again."""
-    info = collect_info()
     paths = []
     for device in sorted({result.device for result in results}):
         name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
@@ -249,10 +372,11 @@ def save(results: list[Result], bandwidths: dict[str, float]) -> list[Path]:
         content = {
             "device": name,
             "threads": torch.get_num_threads(),
-            "versions": info.versions,
+            "versions": versions(),
             "commit": commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "copy_gb_s": bandwidths[device] / 1e9,
+            "copy_gb_s": roofs[device].bytes / 1e9,
+            "fma_gflop_s": roofs[device].flops / 1e9,
             "results": [rows[key] for key in sorted(rows)],
         }
         path.parent.mkdir(exist_ok=True)
@@ -265,10 +389,16 @@ def table(results: list[Result]) -> list[str]:
     """The results as lines of text."""
     lines = []
     for r in results:
-        ratios = ", ".join(f"{value:.2f}x {name}" for name, value in r.ratio.items())
+        rates = [f"{r.gb_s:.1f} GB/s = {r.percent_of_copy:.0f} % of copy"]
+        if r.gflop_s:
+            rates.append(f"{r.gflop_s:.1f} GFLOP/s = {r.percent_of_fma:.0f} % of FMA")
+        if r.images:
+            rates.append(f"{r.images / r.time.median_us * 1e6:.1f} images/s")
+        ratios = [f"{value:.2f}x {name}" for name, value in r.ratio.items()]
+        times = f"{r.time.median_us:.1f} us ({r.time.p20_us:.1f} to {r.time.p80_us:.1f})"
         lines.append(
-            f"{r.op} {r.case} [{r.backend}]: {r.median_us:.1f} us "
-            f"({r.p20_us:.1f} to {r.p80_us:.1f}), {r.gb_s:.1f} GB/s = {r.percent_of_copy:.0f} % "
-            f"of copy; {ratios}; error {r.error:.1e}"
+            f"{r.op} {r.case} [{r.backend}]: {times}, {', '.join(rates)}; "
+            f"{', '.join(ratios)}; error {r.error:.1e}"
         )
+        lines += [f"    without {name}: {reason}" for name, reason in r.skipped.items()]
     return lines

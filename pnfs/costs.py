@@ -138,6 +138,15 @@ def count_costs(
     return counter.costs(batch)
 
 
+def count_calls(run: Callable[[], Any]) -> tuple[int, int]:
+    """Calls that move data and the bytes they move, as in `Costs`, while `run()` computes; the
+    backward passes in it are counted too, compiled or exported code is not seen."""
+    counter = _Counter(nn.Module())
+    with torch.autograd.set_multithreading_enabled(False), counter:
+        run()
+    return counter.launches, counter.bytes
+
+
 def _hollow_copy(model: nn.Module, device: str) -> nn.Module:
     """The same module with memoryless parameters and buffers on `device`."""
     memo: dict[int, Any] = {}

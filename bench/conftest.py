@@ -8,6 +8,7 @@ from typing import Any
 
 import harness
 import pytest
+import torch
 
 from pnfs.runtime import keep_heap
 
@@ -17,6 +18,11 @@ _roofs = functools.cache(harness.measure_roofs)
 
 def pytest_configure() -> None:
     keep_heap()  # as training and prediction do, and for every contestant alike
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ class Case:
     device: "cpu" or "cuda".
     call: runs the op once on `backend` and returns its output, a tensor or a tuple of tensors.
     want: the right output, usually the reference's in float64.
-    tolerance: largest |output - want| / (1 + |want|), of `call` and of every other way.
+    tolerance: largest |output - want| / (1 + |want|) of `call`; of the other ways ‖·‖ over ‖·‖.
     bytes: that the call must at least read and write.
     flops: floating-point operations, a multiply-add counted as two; 0 where memory alone decides.
     images: that one call takes, where images per second mean something.
@@ -210,6 +210,30 @@ def error_of(output: Any, want: Any) -> float:
     return max(error_of(a, b) for a, b in zip(output, want, strict=True))
 
 
+def distance_of(output: Any, want: Any) -> float:
+    """Largest ‖output - want‖ / ‖want‖ of the tensors: for the other ways, where rounding may let
+    a ReLU of a value near 0 pass its gradient or not."""
+    if isinstance(output, Tensor):
+        if output.shape != want.shape:
+            return float("inf")
+        have, right = output.detach().double().cpu(), want.detach().double().cpu()
+        same = (have == right) | (have.isnan() & right.isnan())
+        distance = (have - right).masked_fill(same, 0.0).norm()
+        return float(distance / right.nan_to_num(0, 0, 0).norm().clamp(min=1e-30))
+    return max(distance_of(a, b) for a, b in zip(output, want, strict=True))
+
+
+def refuse_wrong(case: Case, way: str, error: float) -> None:
+    """
+    Raises:
+        AssertionError: the error is larger than allowed, or NaN.
+    """
+    assert error <= case.tolerance, (
+        f"{case.op} {case.name}, {way}: the output is wrong by {error:.3g}, "
+        f"allowed is {case.tolerance:.3g}; no speed is reported"
+    )
+
+
 class Round(NamedTuple):
     """Enough calls to last ROUND_SECONDS."""
 
@@ -264,20 +288,6 @@ def spread(seconds: list[float]) -> Spread:
     return Spread(statistics.median(ordered), ordered[fifth], ordered[-1 - fifth])
 
 
-def check(case: Case, way: str, output: Any) -> float:
-    """The error of an output.
-
-    Raises:
-        AssertionError: it is larger than allowed.
-    """
-    error = error_of(output, case.want)
-    assert error <= case.tolerance, (
-        f"{case.op} {case.name}, {way}: the output is wrong by {error:.3g}, "
-        f"allowed is {case.tolerance:.3g}; no speed is reported"
-    )
-    return error
-
-
 def measure(case: Case, benchmark: Any, roofs: Callable[[str], Roofs]) -> Result | None:
     """Check, then time all ways in turn, round by round, so that what disturbs the machine disturbs
     them alike. None when pytest-benchmark is told to disable timing.
@@ -287,7 +297,8 @@ def measure(case: Case, benchmark: Any, roofs: Callable[[str], Roofs]) -> Result
     """
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    error = check(case, f"backend {case.backend}", case.call())
+    error = error_of(case.call(), case.want)
+    refuse_wrong(case, f"backend {case.backend}", error)
     peak = torch.cuda.max_memory_allocated() / 2**20 if case.device == "cuda" else None
     if benchmark.disabled:
         benchmark(case.call)
@@ -295,7 +306,7 @@ def measure(case: Case, benchmark: Any, roofs: Callable[[str], Roofs]) -> Result
     for name, call in case.against.items():
         output = call()
         if name not in case.approximate:
-            check(case, name, output)
+            refuse_wrong(case, name, distance_of(output, case.want))
     ways = {"ours": case.call, **case.against}
     traffic = {name: count_calls(ways[name]) for name in ways if name in ("ours", *COUNTED)}
     rounds = {name: repeated(call, case.device) for name, call in ways.items()}

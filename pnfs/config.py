@@ -107,6 +107,21 @@ class BranchnetConfig(_Section):
     blocks: int = Field(8, ge=1)
 
 
+class DroppedConfig(_Section):
+    """Mixing weights of one fabric that pruning holds at zero: [part, edge, operation] of α and
+    [part, cell, parallel | above | below] of β."""
+
+    operations: tuple[tuple[str, int, str], ...] = ()
+    inputs: tuple[tuple[str, str, str], ...] = ()
+
+
+class PruningConfig(_Section):
+    """What `pnfs prune` removed; the only part of a fabric backbone is named `backbone`."""
+
+    fabric: DroppedConfig = DroppedConfig()
+    backbone: DroppedConfig = DroppedConfig()
+
+
 class ModelConfig(_Section):
     """Everything that decides a model's structure and keys.
 
@@ -121,6 +136,7 @@ class ModelConfig(_Section):
     backbone_weights: str | None = None
     fabric: FabricConfig = FabricConfig()
     branchnet: BranchnetConfig = BranchnetConfig()
+    pruning: PruningConfig | None = None
     vector_dim: int = Field(8, ge=1, le=64)
     input_size: tuple[int, int] = (256, 192)
 

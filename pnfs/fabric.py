@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pnfs import kernels
 from pnfs.architecture import mixing_weights, new_alpha, new_beta
 from pnfs.config import Profile
+from pnfs.liveness import CellPlan, Dropped, FabricPlan, Parts, Place, plan_fabric
 from pnfs.operations import (
     BN_EPS,
     Normalised,
@@ -26,10 +27,11 @@ from pnfs.operations import (
     build_branch,
     convolve,
     normalised,
+    select_parts,
 )
-from pnfs.topology import CellRow, Topology
+from pnfs.topology import Topology
 
-Features = Mapping[tuple[int, int], Tensor]  # (layer, level) -> x_PNCHW
+Features = Mapping[tuple[int, int], Tensor]  # (layer, level) -> x_PNCHW of the parts that have it
 
 
 class ScaleTransform(nn.Sequential):
@@ -70,18 +72,31 @@ class ScaleTransform(nn.Sequential):
 
 
 class MixedEdge(nn.Module):
-    """One directed edge of a cell: the softmax(α)-weighted sum of all operations (Eq. 1)."""
+    """One directed edge of a cell: the softmax(α)-weighted sum of all operations (Eq. 1).
+
+    An operation holds weights for, and runs in, the parts that use it alone.
+    """
 
     def __init__(
-        self, operations: tuple[str, ...], parts: int, channels: int, profile: Profile
+        self,
+        operations: tuple[str, ...],
+        channels: int,
+        profile: Profile,
+        parts: Parts,
+        users: tuple[Parts, ...],
     ) -> None:
+        """`parts`: those of the cell; `users`: per operation, those that use it."""
         super().__init__()
         self.scale = float(len(operations)) if profile == "posenfs" else 1.0
-        branches = {name: build_branch(name, parts, channels) for name in operations}
+        self.parts = parts
+        self.users = {name: used for name, used in zip(operations, users, strict=True) if used}
+        branches = {
+            name: build_branch(name, len(used), channels) for name, used in self.users.items()
+        }
         self.operations = nn.ModuleDict(
             {n: branch for n, branch in branches.items() if branch is not None}
         )
-        self.has_skip = "skip" in operations
+        self.has_skip = "skip" in self.users
         terms = (["skip"] if self.has_skip else []) + list(self.operations)
         self.columns = [operations.index(name) for name in terms]
 
@@ -89,7 +104,11 @@ class MixedEdge(nn.Module):
         """x (P, N, C, H, W), softmax(α) of this edge (P, O) → (P, N, C, H, W)."""
         if not self.columns:
             return torch.zeros_like(x_PNCHW)
-        branches = [branch(x_PNCHW) for branch in self.operations.values()]
+        branches = []
+        for name, branch in self.operations.items():
+            used = self.users[name]
+            y, mean, var = branch(select_parts(x_PNCHW, self.parts, used))
+            branches.append([select_parts(tensor, used, self.parts) for tensor in (y, mean, var)])
         return kernels.mixed_sum(
             x_PNCHW if self.has_skip else None,
             [y for y, _, _ in branches],
@@ -104,36 +123,50 @@ class MixedEdge(nn.Module):
 class Cell(nn.Module):
     """Eq. 3: three inputs mixed by β, H hidden nodes joined by mixed edges, one 1×1 output."""
 
-    def __init__(self, row: CellRow, topology: Topology, parts: int, profile: Profile) -> None:
+    def __init__(self, plan: CellPlan, fabric: FabricPlan, profile: Profile) -> None:
         super().__init__()
-        self.row = row
+        self.plan = plan
+        self.row = plan.row
+        # the parts that each source's map has
+        self.sources = {x.source: fabric.parts_of(x.source) for x in plan.row.inputs}
+        topology = fabric.topology
         self.edge_rows = topology.edges
         self.hidden = topology.hidden
         self.profile = profile
+        channels, parts = plan.row.channels, len(plan.parts)
         self.inputs = nn.ModuleList(
-            ScaleTransform(source.transform, parts, row.channels) for source in row.inputs
+            ScaleTransform(source.transform if readers else "same", len(readers), channels)
+            for source, readers in zip(plan.row.inputs, plan.inputs, strict=True)
         )
         self.edges = nn.ModuleList(
-            MixedEdge(topology.operations, parts, row.channels, profile) for _ in topology.edges
+            MixedEdge(topology.operations, channels, profile, plan.parts, users)
+            for users in plan.operations
         )
         self.output = PartConv2d(
-            parts, row.channels * topology.hidden, row.channels, 1, bias=True, normalised=False
+            parts, channels * topology.hidden, channels, 1, bias=True, normalised=False
         )
 
     def input_node(self, features: Features, beta_P3: Tensor) -> Tensor:
         """h₀ = Σ softmax(β) · T(O) over parallel, above and below (Eq. 2)."""
-        scale = float(len(self.row.inputs)) if self.profile == "posenfs" else 1.0
+        row, parts, readers = self.row, self.plan.parts, self.plan.inputs
+        scale = float(len(row.inputs)) if self.profile == "posenfs" else 1.0
+        live = [source for source in row.inputs if readers[source.slot]]
         # Border copies of the parallel input are the same map: one source with the sum of weights.
-        same = [source for source in self.row.inputs if source.transform == "same"]
-        others = [source for source in self.row.inputs if source.transform != "same"]
+        same = [source for source in live if source.transform == "same"]
+        others = [source for source in live if source.transform != "same"]
         transforms = [cast(ScaleTransform, self.inputs[source.slot]) for source in others]
-        sources = [features[same[0].source]] if same else []
-        weights = [beta_P3[:, [source.slot for source in same]].sum(1)] if same else []
-        maps = [
-            transform(features[source.source])
-            for source, transform in zip(others, transforms, strict=True)
-        ]
-        affine = [transform.affine() for transform in transforms]
+        sources, weights = [], []
+        if same:
+            place = same[0].source
+            sources.append(select_parts(features[place], self.sources[place], parts))
+            weights.append(beta_P3[:, [source.slot for source in same]].sum(1))
+        maps, affine = [], []
+        for source, transform in zip(others, transforms, strict=True):
+            used = readers[source.slot]
+            read = select_parts(features[source.source], self.sources[source.source], used)
+            maps.append([select_parts(tensor, used, parts) for tensor in transform(read)])
+            affine.append([select_parts(tensor, used, parts) for tensor in transform.affine()])
+            weights.append(beta_P3[:, source.slot])
         return kernels.scale_mix(
             [*sources, *(y for y, _, _ in maps)],
             [*(["same"] if same else []), *(source.transform for source in others)],
@@ -141,14 +174,17 @@ class Cell(nn.Module):
             [var for _, _, var in maps],
             [gamma for gamma, _ in affine],
             [beta for _, beta in affine],
-            scale * torch.stack([*weights, *(beta_P3[:, source.slot] for source in others)], dim=1),
+            scale * torch.stack(weights, dim=1),
             relu=self.profile == "posenfs",
             down_relu=self.profile == "paper",
             eps=BN_EPS,
         )
 
     def forward(self, features: Features, alpha_PEO: Tensor, beta_P3: Tensor) -> Tensor:
-        """Earlier outputs, softmax(α) (P, E, O), this cell's softmax(β) (P, 3) → output node."""
+        """Earlier outputs, softmax(α) (P, E, O) and this cell's softmax(β) (P, 3) → output node.
+
+        P are the parts in which the cell is alive, `plan.parts`.
+        """
         nodes = [self.input_node(features, beta_P3)]
         for target in range(1, self.hidden + 1):
             total: Tensor | None = None
@@ -167,12 +203,17 @@ class Fabric(nn.Module):
 
     Attributes:
         topology: the cell-and-edge table.
+        plan: which cells, operations and connections there are, part by part; all of them but
+            after pruning.
         alpha: logits (P, E, O), one row per edge, shared by all cells of a part.
         beta: logits (P, cells, 3), rows in the table's order, columns parallel, above, below.
         cells: `cell_{layer}_{level}` -> Cell.
         reduce: per level the 1×1 convolution that brings the pyramid to this fabric's widths; empty
             where the pyramid's 1/4 level has the right width already (or a stem feeds the fabric).
     """
+
+    alpha_mask: Tensor | None
+    beta_mask: Tensor | None
 
     def __init__(
         self,
@@ -181,48 +222,91 @@ class Fabric(nn.Module):
         *,
         profile: Profile = "posenfs",
         in_channels: tuple[int, ...] | None = None,
+        dropped: Dropped | None = None,
+        outputs: Mapping[int, Parts] | None = None,
     ) -> None:
-        """`in_channels`: channels of the pyramid's levels, or None when a stem feeds layer 0."""
+        """
+        Args:
+            in_channels: channels of the pyramid's levels, or None when a stem feeds layer 0.
+            dropped, outputs: what pruning left out, see `plan_fabric`.
+        """
         super().__init__()
         self.topology = topology
         self.parts = parts
         self.profile = profile
+        self.plan = plan_fabric(topology, parts, dropped, outputs=outputs)
         self.alpha = new_alpha(topology, parts)
         self.beta = new_beta(topology, parts)
+        # 0, or −∞ for what is dropped, so that softmax gives it no weight whatever the logit says.
+        self._add_mask("alpha_mask", self.alpha, self.plan.dropped.operations)
+        self._add_mask("beta_mask", self.beta, self.plan.dropped.inputs)
         self.reduce = nn.ModuleList()
         if in_channels is not None and in_channels[0] != topology.channels_at(0):
+            readers = self.plan.reads if self.plan.pruned else [range(parts)] * len(in_channels)
             self.reduce.extend(
                 PartConv2d(
-                    parts, channels, topology.channels_at(level), 1, bias=True, normalised=False
+                    len(users),
+                    channels,
+                    topology.channels_at(level),
+                    1,
+                    bias=True,
+                    normalised=False,
                 )
-                for level, channels in enumerate(in_channels)
+                if users
+                else nn.Identity()
+                for level, (channels, users) in enumerate(zip(in_channels, readers, strict=False))
             )
         self.cells = nn.ModuleDict(
-            {row.name: Cell(row, topology, parts, profile) for row in topology.cells}
+            {cell.row.name: Cell(cell, self.plan, profile) for cell in self.plan.cells}
         )
+
+    def _add_mask(
+        self, name: str, logits: Tensor, dropped: frozenset[tuple[int, int, int]]
+    ) -> None:
+        mask = torch.zeros_like(logits.data) if dropped else None
+        for index in dropped:
+            assert mask is not None
+            mask[index] = -torch.inf
+        self.register_buffer(name, mask, persistent=False)
 
     def architecture_parameters(self) -> list[nn.Parameter]:
         return [self.alpha, self.beta]
 
-    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def mixing_weights(self) -> tuple[Tensor, Tensor]:
+        """softmax(α) (P, E, O) and softmax(β) (P, cells, 3); zero for what is dropped."""
+        alpha = self.alpha if self.alpha_mask is None else self.alpha + self.alpha_mask
+        beta = self.beta if self.beta_mask is None else self.beta + self.beta_mask
+        return mixing_weights(alpha), mixing_weights(beta)
+
+    def forward(self, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Shared input maps → outputs of the last layer's cells.
 
         Args:
             inputs: the pyramid, (N, C_level, H / 2^level, W / 2^level) per level, or the stem's
-            map alone.
+                map alone. A level that `plan.reads` shows as unread may be None.
 
         Returns:
-            Per level of the last layer (P, N, C, H, W), 1/4 first.
+            Per level of the last layer, 1/4 first, (P, N, C, H, W) of the parts in
+            `plan.outputs[level]`; None where these are none.
         """
-        features: dict[tuple[int, int], Tensor] = {}
-        for level, x_NCHW in enumerate(inputs):
-            x_PNCHW = x_NCHW.expand(self.parts, *x_NCHW.shape)
+        features: dict[Place, Tensor] = {}
+        everywhere = tuple(range(self.parts))
+        layer = self.topology.input_layer
+        for level, users in enumerate(self.plan.reads):
+            x_NCHW = inputs[level]
+            if not users:
+                continue
+            assert x_NCHW is not None
+            x_PNCHW = x_NCHW.expand(len(users), *x_NCHW.shape)
             if self.reduce:
                 x_PNCHW = self.reduce[level](x_PNCHW)
-            features[(self.topology.input_layer, level)] = x_PNCHW
-        alpha, beta = mixing_weights(self.alpha), mixing_weights(self.beta)
-        for row in self.topology.cells:
-            features[(row.layer, row.level)] = self.cells[row.name](
-                features, alpha, beta[:, row.beta_row]
+            features[(layer, level)] = x_PNCHW
+        alpha, beta = self.mixing_weights()
+        for cell in self.plan.cells:
+            row, place = cell.row, (cell.row.layer, cell.row.level)
+            features[place] = self.cells[row.name](
+                features,
+                select_parts(alpha, everywhere, cell.parts),
+                select_parts(beta[:, row.beta_row], everywhere, cell.parts),
             )
-        return tuple(features[(row.layer, row.level)] for row in self.topology.output_cells)
+        return tuple(features.get((row.layer, row.level)) for row in self.topology.output_cells)

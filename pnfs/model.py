@@ -9,6 +9,7 @@ from pnfs.baselines import Branchnet, HRNet, SimpleBaseline
 from pnfs.config import ModelConfig
 from pnfs.fabric import Fabric
 from pnfs.head import VectorHead, merge_parts
+from pnfs.liveness import Dropped, plan_fabric
 from pnfs.topology import build_topology
 
 
@@ -26,7 +27,6 @@ class PoseNet(nn.Module):
         super().__init__()
         self.config = config
         part_table = config.part_table
-        self.backbone = build_backbone(config)
         topology = build_topology(
             layers=config.fabric.layers,
             channels=config.fabric.channels,
@@ -34,11 +34,20 @@ class PoseNet(nn.Module):
             operations=config.fabric.operations,
             cut=config.fabric.cut,
         )
+        dropped = None
+        if config.pruning is not None:
+            names = config.pruning.fabric
+            dropped = Dropped.from_names(topology, list(part_table), names.operations, names.inputs)
+        reads = plan_fabric(topology, len(part_table), dropped).reads
+        self.backbone = build_backbone(
+            config, [level for level, parts in enumerate(reads) if parts]
+        )
         self.fabric = Fabric(
             topology,
             len(part_table),
             profile=config.fabric.profile,
             in_channels=self.backbone.channels,
+            dropped=dropped,
         )
         counts = [len(keypoints) for keypoints in part_table.values()]
         self.head = VectorHead(topology.channels_at(0), counts, config.vector_dim)

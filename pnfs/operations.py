@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pnfs import kernels
 from pnfs.kernels.checks import as_stacked
+from pnfs.liveness import Parts
 
 BN_MOMENTUM = 0.1
 BN_EPS = 1e-5
@@ -121,6 +122,20 @@ class PartBatchNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.running_mean.shape)}, affine={self.weight is not None}"
+
+
+def select_parts(x: Tensor, have: Parts, want: Parts) -> Tensor:
+    """The entries of `x` along its first axis, which stand for the parts `have`, for parts `want`.
+
+    A part that `have` lacks gets those of another part: its mixing weight is zero. Without a copy
+    where `have` and `want` agree.
+    """
+    if have == want:
+        return x
+    rows = [have.index(part) if part in have else 0 for part in want]
+    if x.dim() < 5:
+        return torch.stack([x[row] for row in rows])
+    return torch.stack([x[row].permute(0, 2, 3, 1) for row in rows]).permute(0, 1, 4, 2, 3)
 
 
 def convolve(

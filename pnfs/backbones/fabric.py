@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from pnfs.backbones.base import Backbone
-from pnfs.config import FabricBackboneConfig
+from pnfs.config import DroppedConfig, FabricBackboneConfig
 from pnfs.fabric import Fabric
+from pnfs.liveness import Dropped
 from pnfs.operations import BN_EPS, BN_MOMENTUM
 from pnfs.topology import build_topology
 
@@ -35,7 +38,13 @@ class FabricBackbone(Backbone):
 
     name = "fabric backbone"
 
-    def __init__(self, config: FabricBackboneConfig) -> None:
+    def __init__(
+        self,
+        config: FabricBackboneConfig,
+        pruning: DroppedConfig | None = None,
+        read: Sequence[int] | None = None,
+    ) -> None:
+        """`pruning`: what was dropped; `read`: the levels that somebody reads, all by default."""
         super().__init__()
         topology = build_topology(
             layers=config.layers,
@@ -49,8 +58,15 @@ class FabricBackbone(Backbone):
         for layer in self.stem:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        self.fabric = Fabric(topology, 1, profile=config.profile)
+        dropped = None
+        if pruning is not None:
+            names = pruning.operations, pruning.inputs
+            dropped = Dropped.from_names(topology, ["backbone"], *names)
+        outputs = None if read is None else dict.fromkeys(read, (0,))
+        self.fabric = Fabric(topology, 1, profile=config.profile, dropped=dropped, outputs=outputs)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images (N, 3, H, W) → four maps (N, channels[level], H / s, W / s), s = 4, 8, 16, 32."""
-        return tuple(level[0] for level in self.fabric((self.stem(images),)))
+        """Images (N, 3, H, W) → four maps (N, channels[level], H / s, W / s), s = 4, 8, 16, 32; an
+        empty one for a level that nobody reads."""
+        levels = self.fabric((self.stem(images),))
+        return tuple(images.new_empty(0) if level is None else level[0] for level in levels)

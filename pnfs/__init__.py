@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pnfs.errors import PnfsError
     from pnfs.estimator import PoseEstimator
     from pnfs.model import PoseNet, build_model
+    from pnfs.pruning import prune
 
 try:
     __version__ = version("pnfs")
@@ -40,6 +41,7 @@ _EXPORTS = {
     "list_presets": "config",
     "load_config": "config",
     "load_model": "checkpoint",
+    "prune": "pruning",
 }
 _MODULES = ("compat", "kernels")
 
@@ -57,6 +59,7 @@ __all__ = [
     "list_presets",
     "load_config",
     "load_model",
+    "prune",
 ]
 
 

@@ -258,6 +258,29 @@ def predict(
 
 @app.command()
 @_plain_errors
+def prune(
+    run: Run,
+    out: Annotated[Path, typer.Option(metavar="RUN2", help="Folder of the pruned model.")],
+    threshold: Annotated[
+        float, typer.Option(help="Mixing weights (softmax of α and β) up to this are dropped.")
+    ] = 0.0,
+    data: Data = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard the run that is in RUN2.")
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Remove what unused mixing weights make useless; refuses if the scores would change.
+
+    Example: pnfs prune runs/a --out runs/a-small --threshold 0.05
+    """
+    from pnfs.commands import prune_command
+
+    prune_command(run, out=out, threshold=threshold, data=data, overwrite=overwrite, device=device)
+
+
+@app.command()
+@_plain_errors
 def plot(
     run: Run,
     out: Annotated[

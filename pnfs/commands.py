@@ -6,20 +6,25 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pnfs.checkpoint import find_weights, load_model, read_metadata
-from pnfs.config import EvalProfile, Precision, load_config, override_config
-from pnfs.data import load_people
+from torch import Tensor
+
+from pnfs.checkpoint import MODEL, find_weights, load_model, read_metadata, save_weights
+from pnfs.config import Config, EvalProfile, Precision, load_config, override_config
+from pnfs.data import load_people, make_loader
 from pnfs.errors import PnfsError, did_you_mean
 from pnfs.estimator import PoseEstimator
 from pnfs.evaluation import EvalResult, evaluate
 from pnfs.predict import PredictReport, predict
-from pnfs.runlog import run_config
+from pnfs.pruning import PruningReport, prune
+from pnfs.runlog import discard_run, open_run, run_config, write_record
 from pnfs.runtime import keep_heap, select_device
-from pnfs.statefile import make_folder
+from pnfs.statefile import make_folder, write_json
 from pnfs.train import train
 
 DATASETS = ("coco", "mpii", "synthetic")
 DEFAULT_PRESET = "tiny"
+PRUNING = "pruning.json"
+PRUNING_IMAGES = 4  # real inputs that a pruned model is verified on
 
 
 def data_overrides(spec: str) -> list[str]:
@@ -145,3 +150,48 @@ def predict_command(
     report = predict(estimator, source, out, boxes=boxes, box_threshold=box_threshold)
     print(report.summary())
     return report
+
+
+def prune_command(
+    run: Path,
+    *,
+    out: Path,
+    threshold: float,
+    data: str | None,
+    overwrite: bool,
+    device: str,
+) -> PruningReport:
+    """`pnfs prune`: load, prune, verify on the run's own images, write a run folder, and say it.
+
+    The folder holds the model, its configuration and pruning.json. To train it on:
+    `pnfs train --config RUN2/config.yaml --set train.weights=RUN2 --out RUN3`.
+
+    Raises:
+        PnfsError: no such run, a folder in the way, a failed verification (nothing is written).
+    """
+    keep_heap()
+    config, facts = read_metadata(find_weights(run))
+    if data:
+        config = override_config(config, data_overrides(data))
+    chosen = select_device(device)
+    images = _some_images(config).to(chosen)
+    small, report = prune(load_model(run, chosen), threshold, images)
+    config = config.model_copy(update={"model": small.config})
+    with open_run(out, resume=False, overwrite=overwrite):
+        discard_run(out)
+        write_record(out, config, device=str(chosen), world=1, step=0)
+        write_json(out / PRUNING, {"source": str(run), **report.as_dict()})
+        facts = {**facts, "pruned_from": str(run), "threshold": threshold}
+        save_weights(out / MODEL, small, config, facts)
+    print(f"{report.text()}\nrun folder: {out}")
+    return report
+
+
+def _some_images(config: Config) -> Tensor:
+    """Network inputs of the first people of the run's val split, (N, 3, H, W)."""
+    people = load_people(config.data, config.model.skeleton_table, "val")
+    small = config.eval.model_copy(update={"batch_size": PRUNING_IMAGES})
+    one_process = config.data.model_copy(update={"workers": 0})
+    few = config.model_copy(update={"eval": small, "data": one_process})
+    batch = next(iter(make_loader(people, few, train=False)))
+    return batch.images(size=config.model.input_size, profile=config.eval.profile)

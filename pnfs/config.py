@@ -236,6 +236,7 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """The optimisation. `batch_size` is per process and step; `lr_steps` are epochs."""
 
+    weights: str | None = None  # a run or .safetensors of the same model to start from
     epochs: int = Field(200, ge=1)
     batch_size: int = Field(24, ge=1)
     accumulate: int = Field(1, ge=1)

@@ -23,6 +23,7 @@ from pnfs.backbones.weights import load_backbone_weights
 from pnfs.checkpoint import (
     MODEL,
     drop_checkpoints_after,
+    find_weights,
     load_checkpoint,
     load_weights,
     random_state,
@@ -40,6 +41,7 @@ from pnfs.runlog import Metrics, Screen, discard_run, open_run, write_record
 from pnfs.runtime import StoppedBySignal, StopSignals, select_device
 from pnfs.schedule import learning_rate
 from pnfs.search import build_strategy
+from pnfs.statefile import read_tensors
 from pnfs.steps import Clock, Stepper
 
 MAX_NONFINITE = 20  # steps in a row without a finite loss before the run stops
@@ -155,13 +157,22 @@ class _Trainer:
         self.metrics_position = 0
         if resume:
             self._restore()
-        if self.resumed_from is None and config.model.backbone_weights:
-            load_backbone_weights(self.model.backbone, config.model.backbone_weights)  # type: ignore[arg-type]
+        if self.resumed_from is None:
+            self._load_start()
         self.stepper.connect()
 
         self.clock = Clock()
         self.signals = StopSignals()
         self.last_metrics: dict[str, float] = {}
+
+    def _load_start(self) -> None:
+        """The weights that a fresh run starts from, where the configuration names some."""
+        backbone, whole = self.config.model.backbone_weights, self.config.train.weights
+        if whole:
+            path = find_weights(whole)
+            load_weights(self.model, read_tensors(path), where=f"train.weights {path}")
+        elif backbone:
+            load_backbone_weights(self.model.backbone, backbone)  # type: ignore[arg-type]
 
     def _read_people(self) -> tuple[PeopleDataset, PeopleDataset]:
         """Train and val split; rank 0 first, so that synthetic people are rendered once."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from runs import SETTINGS, rows_of, small_config
 
+from pnfs.checkpoint import load_model
 from pnfs.cli import main
 from pnfs.commands import data_overrides
 from pnfs.config import load_config
@@ -21,7 +22,7 @@ from pnfs.errors import PnfsError
 from pnfs.runlog import run_config
 from pnfs.train import train
 
-COMMANDS = ("demo", "train", "eval", "predict", "plot", "info")
+COMMANDS = ("demo", "train", "eval", "predict", "plot", "prune", "info")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,24 @@ def test_prediction_draws_and_writes(
     results = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert len(results[0]["keypoints"]) == 51
     assert list((tmp_path / "out").glob("*_poses.*"))
+
+
+def test_a_run_is_pruned_and_the_result_predicts_scores_and_trains_on(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tmp_path / "small"
+    assert call("prune", str(run), "--out", str(small), "--threshold", "0.3") == 0
+    shown = capsys.readouterr().out
+    assert "removal error" in shown and f"run folder: {small}" in shown
+    report = json.loads((small / "pruning.json").read_text())
+    assert report["removal_error"] <= 1e-6 and report["source"] == str(run)
+    assert report["after"]["params"] <= report["before"]["params"]
+    assert call("eval", str(small)) == 0
+    longer = ["--config", str(small / "config.yaml"), "--set", f"train.weights={small}"]
+    assert call("train", *longer, "--out", str(tmp_path / "longer"), "--set", "train.epochs=1") == 0
+    assert load_model(tmp_path / "longer").config.pruning == load_model(small).config.pruning
+    assert call("prune", str(run), "--out", str(small)) == 2  # the folder is taken
+    assert "not empty" in capsys.readouterr().err
 
 
 def test_plot_names_the_pictures(

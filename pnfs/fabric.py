@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pnfs import kernels
 from pnfs.architecture import mixing_weights, new_alpha, new_beta
 from pnfs.config import Profile
+from pnfs.kernels.shared import SharedMap, unshared
 from pnfs.liveness import CellPlan, Dropped, FabricPlan, Parts, Place, plan_fabric
 from pnfs.operations import (
     BN_EPS,
@@ -28,10 +29,23 @@ from pnfs.operations import (
     convolve,
     normalised,
     select_parts,
+    share_updates,
 )
 from pnfs.topology import Topology
 
-Features = Mapping[tuple[int, int], Tensor]  # (layer, level) -> x_PNCHW of the parts that have it
+# (layer, level) -> x_PNCHW of the parts that have it
+Features = Mapping[tuple[int, int], SharedMap]
+
+
+def _columns(weights: Tensor, columns: list[int]) -> Tensor:
+    """`weights[:, columns]`; an index made of Python numbers would be copied at every call."""
+    unbound = weights.unbind(1)
+    return torch.stack([unbound[column] for column in columns], dim=1)
+
+
+def _select_shared(x: SharedMap, have: Parts, wanted: Parts) -> Tensor | SharedMap:
+    """`x` of the parts `wanted`, which passes gradients on where these are all that it has."""
+    return x if have == wanted else select_parts(x.map, have, wanted)
 
 
 class ScaleTransform(nn.Sequential):
@@ -53,14 +67,14 @@ class ScaleTransform(nn.Sequential):
         )
         self.transform = transform
 
-    def forward(self, x_PNCHW: Tensor) -> Normalised:
+    def forward(self, x_PNCHW: Tensor | SharedMap) -> Normalised:
         """A neighbour's output → raw map, mean and var (P, C); not for `same`."""
         conv, norm = self
         assert isinstance(conv, PartConv2d) and isinstance(norm, PartBatchNorm2d)
         return (
             convolve(x_PNCHW, conv, norm)
             if self.transform == "up"
-            else normalised(conv(x_PNCHW), norm)
+            else normalised(conv(unshared(x_PNCHW)), norm)
         )
 
     def affine(self) -> tuple[Tensor, Tensor]:
@@ -100,21 +114,22 @@ class MixedEdge(nn.Module):
         terms = (["skip"] if self.has_skip else []) + list(self.operations)
         self.columns = [operations.index(name) for name in terms]
 
-    def forward(self, x_PNCHW: Tensor, alpha_PO: Tensor) -> Tensor:
+    def forward(self, x_PNCHW: Tensor | SharedMap, alpha_PO: Tensor) -> Tensor:
         """x (P, N, C, H, W), softmax(α) of this edge (P, O) → (P, N, C, H, W)."""
+        shared = x_PNCHW if isinstance(x_PNCHW, SharedMap) else SharedMap(x_PNCHW)
         if not self.columns:
-            return torch.zeros_like(x_PNCHW)
+            return torch.zeros_like(shared.map)
         branches = []
         for name, branch in self.operations.items():
             used = self.users[name]
-            y, mean, var = branch(select_parts(x_PNCHW, self.parts, used))
+            y, mean, var = branch(_select_shared(shared, self.parts, used))
             branches.append([select_parts(tensor, used, self.parts) for tensor in (y, mean, var)])
         return kernels.mixed_sum(
-            x_PNCHW if self.has_skip else None,
+            shared.map if self.has_skip else None,
             [y for y, _, _ in branches],
             [mean for _, mean, _ in branches],
             [var for _, _, var in branches],
-            self.scale * alpha_PO[:, self.columns],
+            self.scale * _columns(alpha_PO, self.columns),
             relu=[bool(branch.relu) for branch in self.operations.values()],
             eps=BN_EPS,
         )
@@ -155,18 +170,20 @@ class Cell(nn.Module):
         same = [source for source in live if source.transform == "same"]
         others = [source for source in live if source.transform != "same"]
         transforms = [cast(ScaleTransform, self.inputs[source.slot]) for source in others]
+        beta_P = beta_P3.unbind(1)
         sources, weights = [], []
         if same:
             place = same[0].source
-            sources.append(select_parts(features[place], self.sources[place], parts))
-            weights.append(beta_P3[:, [source.slot for source in same]].sum(1))
+            sources.append(select_parts(features[place].map, self.sources[place], parts))
+            of_same = [beta_P[source.slot] for source in same]
+            weights.append(sum(of_same[1:], of_same[0]))
         maps, affine = [], []
         for source, transform in zip(others, transforms, strict=True):
             used = readers[source.slot]
-            read = select_parts(features[source.source], self.sources[source.source], used)
+            read = _select_shared(features[source.source], self.sources[source.source], used)
             maps.append([select_parts(tensor, used, parts) for tensor in transform(read)])
             affine.append([select_parts(tensor, used, parts) for tensor in transform.affine()])
-            weights.append(beta_P3[:, source.slot])
+            weights.append(beta_P[source.slot])
         return kernels.scale_mix(
             [*sources, *(y for y, _, _ in maps)],
             [*(["same"] if same else []), *(source.transform for source in others)],
@@ -185,16 +202,18 @@ class Cell(nn.Module):
 
         P are the parts in which the cell is alive, `plan.parts`.
         """
-        nodes = [self.input_node(features, beta_P3)]
+        nodes = [SharedMap(self.input_node(features, beta_P3))]
+        alpha_PO = alpha_PEO.unbind(1)
         for target in range(1, self.hidden + 1):
             total: Tensor | None = None
             for edge, mixed in zip(self.edge_rows, self.edges, strict=True):
                 if edge.target == target:
-                    term = mixed(nodes[edge.source], alpha_PEO[:, edge.alpha_row])
+                    term = mixed(nodes[edge.source], alpha_PO[edge.alpha_row])
                     total = term if total is None else total + term
             assert total is not None
-            nodes.append(total)
-        hidden = nodes[1] if self.hidden == 1 else torch.cat(nodes[1:], dim=2)
+            nodes.append(SharedMap(total))
+        outputs = [node.map for node in nodes[1:]]
+        hidden = outputs[0] if self.hidden == 1 else torch.cat(outputs, dim=2)
         return self.output(hidden)
 
 
@@ -259,6 +278,7 @@ class Fabric(nn.Module):
         self.cells = nn.ModuleDict(
             {cell.row.name: Cell(cell, self.plan, profile) for cell in self.plan.cells}
         )
+        self.updates = share_updates(self)
 
     def _add_mask(
         self, name: str, logits: Tensor, dropped: frozenset[tuple[int, int, int]]
@@ -289,7 +309,8 @@ class Fabric(nn.Module):
             Per level of the last layer, 1/4 first, (P, N, C, H, W) of the parts in
             `plan.outputs[level]`; None where these are none.
         """
-        features: dict[Place, Tensor] = {}
+        self.updates.clear()  # of a pass that was cut off
+        features: dict[Place, SharedMap] = {}
         everywhere = tuple(range(self.parts))
         layer = self.topology.input_layer
         for level, users in enumerate(self.plan.reads):
@@ -300,13 +321,17 @@ class Fabric(nn.Module):
             x_PNCHW = x_NCHW.expand(len(users), *x_NCHW.shape)
             if self.reduce:
                 x_PNCHW = self.reduce[level](x_PNCHW)
-            features[(layer, level)] = x_PNCHW
+            features[(layer, level)] = SharedMap(x_PNCHW)
         alpha, beta = self.mixing_weights()
+        betas = beta.unbind(1)
         for cell in self.plan.cells:
             row, place = cell.row, (cell.row.layer, cell.row.level)
-            features[place] = self.cells[row.name](
+            output = self.cells[row.name](
                 features,
                 select_parts(alpha, everywhere, cell.parts),
-                select_parts(beta[:, row.beta_row], everywhere, cell.parts),
+                select_parts(betas[row.beta_row], everywhere, cell.parts),
             )
-        return tuple(features.get((row.layer, row.level)) for row in self.topology.output_cells)
+            features[place] = SharedMap(output)
+        self.updates.apply()
+        places = [(row.layer, row.level) for row in self.topology.output_cells]
+        return tuple(features[place].map if place in features else None for place in places)

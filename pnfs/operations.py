@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pnfs import kernels
 from pnfs.kernels.checks import as_stacked
+from pnfs.kernels.shared import SharedMap, unshared
 from pnfs.liveness import Parts
 
 BN_MOMENTUM = 0.1
@@ -61,19 +62,17 @@ class PartConv2d(nn.Module):
     def forward(self, x_PNCHW: Tensor) -> Tensor:
         if self.weight.shape[-1] == 1:
             return kernels.separable_conv(
-                x_PNCHW, self.weight[..., 0, 0], bias=self.bias, stats=False
+                x_PNCHW, self.weight.flatten(2), bias=self.bias, stats=False
             )[0]
+        dtype = x_PNCHW.dtype
+        biases = [None] * len(x_PNCHW) if self.bias is None else self.bias.to(dtype).unbind(0)
         parts = [
             F.conv2d(
-                x_NCHW,
-                self.weight[part].to(x_NCHW.dtype),
-                None if self.bias is None else self.bias[part].to(x_NCHW.dtype),
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.groups,
+                x_NCHW, weight, bias, self.stride, self.padding, self.dilation, self.groups
             ).permute(0, 2, 3, 1)
-            for part, x_NCHW in enumerate(x_PNCHW.unbind(0))
+            for x_NCHW, weight, bias in zip(
+                x_PNCHW.unbind(0), self.weight.to(dtype).unbind(0), biases, strict=True
+            )
         ]
         return torch.stack(parts).permute(0, 1, 4, 2, 3)
 
@@ -84,14 +83,62 @@ class PartConv2d(nn.Module):
         )
 
 
+class RunningUpdates:
+    """Updates of running statistics, made together: a network has hundreds of these small tensors.
+
+    Every normalisation of a network notes its batch's statistics here; the network calls `apply` at
+    the end of its forward pass.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[Tensor] = []
+        self.batch: list[Tensor] = []
+        self.factors: list[float] = []
+
+    def note(
+        self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: float
+    ) -> None:
+        """The statistics of `count` values per channel, `var` biased."""
+        self.running += [running_mean, running_var]
+        self.batch += [mean.detach().to(running_mean.dtype), var.detach().to(running_var.dtype)]
+        self.factors += [1.0, count / max(1.0, count - 1)]  # running variances are unbiased
+
+    def apply(self) -> None:
+        """Move the running statistics, in place."""
+        if self.running:
+            with torch.no_grad():
+                batch = torch._foreach_mul(self.batch, self.factors)
+                torch._foreach_lerp_(self.running, batch, BN_MOMENTUM)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was noted."""
+        self.running, self.batch, self.factors = [], [], []
+
+
+def share_updates(module: nn.Module) -> RunningUpdates:
+    """Let all normalisations of `module` note their statistics in one place, the result, instead of
+    moving their own; whoever calls this applies them."""
+    updates = RunningUpdates()
+    for norm in module.modules():
+        if isinstance(norm, PartBatchNorm2d):
+            norm.updates = updates
+    return updates
+
+
 class PartBatchNorm2d(nn.Module):
     """The parameters and running statistics of P batch normalisations, (P, C) each.
 
     Whoever consumes the normalised map applies them (see `pnfs.kernels`).
+
+    Attributes:
+        updates: where batch statistics are noted, see `share_updates`; None moves the running ones
+            at once.
     """
 
     running_mean: Tensor
     running_var: Tensor
+    updates: RunningUpdates | None = None
 
     def __init__(self, parts: int, channels: int, *, affine: bool) -> None:
         super().__init__()
@@ -114,10 +161,10 @@ class PartBatchNorm2d(nn.Module):
         if not self.training:
             return self.running_mean, self.running_var
         mean, var, count = self.gather(mean, var, x_PNCHW.numel() // max(1, mean.numel()))
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), BN_MOMENTUM)
-            unbiased = var.to(self.running_var.dtype) * (count / max(1.0, count - 1))
-            self.running_var.lerp_(unbiased, BN_MOMENTUM)
+        updates = RunningUpdates() if self.updates is None else self.updates
+        updates.note(self.running_mean, self.running_var, mean, var, count)
+        if self.updates is None:
+            updates.apply()
         return mean, var
 
     def extra_repr(self) -> str:
@@ -139,7 +186,7 @@ def select_parts(x: Tensor, have: Parts, want: Parts) -> Tensor:
 
 
 def convolve(
-    x: Tensor | Normalised,
+    x: Tensor | SharedMap | Normalised,
     pointwise: PartConv2d,
     norm: PartBatchNorm2d,
     depthwise: PartConv2d | None = None,
@@ -151,8 +198,8 @@ def convolve(
     raw, mean, var = x if isinstance(x, tuple) else (x, None, None)
     y, mean_y, var_y = kernels.separable_conv(
         raw,
-        pointwise.weight[..., 0, 0],
-        depthwise=None if depthwise is None else depthwise.weight[:, :, 0],
+        pointwise.weight.flatten(2),
+        depthwise=None if depthwise is None else depthwise.weight.flatten(1, 2),
         bias=pointwise.bias,
         mean=mean,
         var=var,
@@ -188,10 +235,10 @@ class Separable(nn.Sequential):
             ]
         super().__init__(*layers)
 
-    def forward(self, x_PNCHW: Tensor) -> Normalised:
+    def forward(self, x_PNCHW: Tensor | SharedMap) -> Normalised:
         """(P, N, C, H, W) → raw map of the same shape, mean and var (P, C)."""
         layers = list(self)
-        result: Tensor | Normalised = x_PNCHW
+        result: Tensor | SharedMap | Normalised = x_PNCHW
         for depthwise, pointwise, norm in zip(layers[::4], layers[1::4], layers[2::4], strict=True):
             result = convolve(result, pointwise, norm, depthwise)  # type: ignore[arg-type]
         assert isinstance(result, tuple)
@@ -206,9 +253,10 @@ class Pool(nn.Sequential):
     def __init__(self, pool: nn.Module, parts: int, channels: int) -> None:
         super().__init__(pool, PartBatchNorm2d(parts, channels, affine=False))
 
-    def forward(self, x_PNCHW: Tensor) -> Normalised:
+    def forward(self, x_PNCHW: Tensor | SharedMap) -> Normalised:
         """(P, N, C, H, W) → pooled map of the same shape, mean and var (P, C)."""
         pool, norm = self
+        x_PNCHW = unshared(x_PNCHW)
         pooled = pool(x_PNCHW.flatten(0, 1)).unflatten(0, x_PNCHW.shape[:2])
         assert isinstance(norm, PartBatchNorm2d)
         return normalised(as_stacked(pooled), norm)

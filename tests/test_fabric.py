@@ -11,6 +11,7 @@ from pnfs.backbones.fabric import FabricBackbone
 from pnfs.config import FABRIC_BACKBONES, OPERATIONS
 from pnfs.fabric import Fabric
 from pnfs.kernels.checks import as_stacked
+from pnfs.kernels.shared import SharedMap
 from pnfs.operations import build_branch
 from pnfs.topology import build_topology
 
@@ -97,8 +98,10 @@ def test_the_posenfs_profile_scales_the_mixes_and_the_papers_does_not():
     printed.load_state_dict(cell.state_dict())
     beta = mixing_weights(torch.randn(2, 3, dtype=torch.float64))
     features = {
-        source.source: torch.randn(2, 1, row.channels << source.source[1], 4 >> source.source[1],
-                                   4 >> source.source[1], dtype=torch.float64)
+        source.source: SharedMap(
+            torch.randn(2, 1, row.channels << source.source[1], 4 >> source.source[1],
+                        4 >> source.source[1], dtype=torch.float64)
+        )
         for source in row.inputs
     }  # fmt: skip
     torch.testing.assert_close(

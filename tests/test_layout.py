@@ -24,7 +24,7 @@ compat pruning runlog schedule steps train estimator plotting predict demo expor
 
 # Files beside those of the ops.
 INFRASTRUCTURE = {
-    "pnfs/kernels": {"__init__", "registry", "checks", "native"},
+    "pnfs/kernels": {"__init__", "registry", "checks", "native", "shared"},
     "pnfs/kernels/triton": {"__init__", "aot"},
     "csrc/cpu": {"cpu_module", "isa"},
     "csrc/cuda": {"cuda_module"},

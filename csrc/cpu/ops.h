@@ -70,10 +70,11 @@ void vector_heatmap_loss(const std::vector<Address>& vectors, const std::vector<
 void separable_conv(const std::array<Address, 9>& tensors, const std::array<std::int64_t, 8>& size,
                     double eps, int dtype);
 
-// `tensors`: x, pointwise, depthwise, mean, var, y, mean_y, gy, gmean, gvar, and the gradients of x,
-// pointwise, depthwise, bias, mean, var, of which 0 are not wanted, but for x's and pointwise's. Those
-// of x and y are like x and y. gmean is 0, and y is not read, where the statistics have no gradient.
-void separable_conv_backward(const std::array<Address, 16>& tensors,
+// `tensors`: x, pointwise, depthwise, mean, var, y, mean_y, gy, gmean, gvar, more, and the gradients of
+// x, pointwise, depthwise, bias, mean, var, of which 0 are not wanted, but for x's and pointwise's.
+// Those of x and y are like x and y. gmean is 0, and y is not read, where the statistics have no
+// gradient. `more` is 0, or like x without gaps, and added to x's gradient.
+void separable_conv_backward(const std::array<Address, 17>& tensors,
                              const std::array<std::int64_t, 8>& size, double eps, int dtype);
 
 // Stacked maps, channels-last inside a part; `size` is P, pixels of a part, C, and parts lie

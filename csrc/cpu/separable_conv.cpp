@@ -346,12 +346,13 @@ void write_gradients(const Problem& s, const Partial& partial, const Constants& 
 
 }  // namespace
 
-void separable_conv_backward(const std::array<Address, 16>& tensors,
+void separable_conv_backward(const std::array<Address, 17>& tensors,
                              const std::array<std::int64_t, 8>& size, double eps, int dtype) {
   const Address x = tensors[0], y = tensors[5], gy = tensors[7];
   const Weights weights{tensors[1], tensors[2], 0, tensors[3], tensors[4]};
-  const Gradients gradients{tensors[10], tensors[11], tensors[12],
-                            tensors[13], tensors[14], tensors[15]};
+  const Address more = tensors[10];
+  const Gradients gradients{tensors[11], tensors[12], tensors[13],
+                            tensors[14], tensors[15], tensors[16]};
   const Problem s(size, eps, dtype);
   const SeparableKernels& run = kernels();
   const SeparableShape shape = shape_of(s, weights, tensors[8] != 0, gradients.x, s.c);
@@ -391,6 +392,7 @@ void separable_conv_backward(const std::array<Address, 16>& tensors,
         const BackwardBand band{s.x_image(x, p, n),
                                 s.image(y, p, n, s.o),
                                 s.image(gy, p, n, s.o),
+                                more == 0 ? nullptr : s.image(more, p, n, s.c),
                                 s.image(gradients.x, p, n, s.c),
                                 first,
                                 std::min(first + bands.rows, s.h),

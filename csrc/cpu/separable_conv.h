@@ -47,6 +47,7 @@ struct BackwardBand {
   const void* x;
   const void* y;  // read with stats only
   const void* gy;
+  const void* more;  // as gx: added to it; null for none
   void* gx;
   std::int64_t first, last;
   bool fresh;        // `pointwise` is written, not added to

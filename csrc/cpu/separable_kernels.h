@@ -283,17 +283,41 @@ struct Unnormalise {
   }
 };
 
+// Stores x's gradient of one vector of channels, pixel after pixel, on top of `more` if that is given.
 template <class T>
-PNFS_INLINE void store_x_gradient(const SeparableShape& shape, T* to, Vec v, std::int64_t count) {
-  shape.streams ? stream(to, v) : store_part(to, v, count);
-}
+struct StoreGradient {
+  T* to;
+  const T* more;
+  std::int64_t step, row, count;
+  bool streams;
+
+  PNFS_INLINE_MEMBER StoreGradient(const SeparableShape& shape, T* gx, const T* more_,
+                                   std::int64_t channel)
+      : to(gx + channel),
+        more(more_ == nullptr ? nullptr : more_ + channel),
+        step(shape.c),
+        row(shape.w * shape.c),
+        count(shape.c - channel),
+        streams(shape.streams) {}
+
+  PNFS_INLINE_MEMBER void operator()(Vec v) {
+    if (more != nullptr) {
+      __builtin_prefetch(more + row, 0, 2);
+      v += load_part(more, count);
+      more += step;
+    }
+    streams ? stream(to, v) : store_part(to, v, count);
+    to += step;
+  }
+};
 
 // x's gradient at row y from t's, and the row's share of the taps'. Fetches w · c vectors from
 // `next` on.
 template <class T>
 void depthwise_gradient_row(const SeparableShape& shape, const Sizes& sizes,
                             const SeparablePart& part, const BackwardBand& band, const Ring& z,
-                            const Ring& gt, std::int64_t y, T* gx, const T* next) {
+                            const Ring& gt, std::int64_t y, const T* more, T* gx,
+                            const T* next) {
   const std::int64_t step = sizes.c_step, side = shape.dilation * step;
   const float* above = gt.padded(y - shape.dilation);
   const float* here = gt.padded(y);
@@ -307,7 +331,7 @@ void depthwise_gradient_row(const SeparableShape& shape, const Sizes& sizes,
       gradient[tap] = load(band.taps + tap * sizes.c + channel);
     }
     Unnormalise to_x(shape, part, band, channel);
-    T* to = gx + channel;
+    StoreGradient<T> store_next(shape, gx, more, channel);
     for (std::int64_t at = channel; at < shape.w * step; at += step) {
       __builtin_prefetch(next, 0, 2);
       next += kWidth;
@@ -324,8 +348,7 @@ void depthwise_gradient_row(const SeparableShape& shape, const Sizes& sizes,
         gradient[3 + j] += value * g_here;
         gradient[6 + j] += value * g_above;
       }
-      store_x_gradient(shape, to, to_x(value, sum), shape.c - channel);
-      to += shape.c;
+      store_next(to_x(value, sum));
     }
 #pragma GCC unroll 9
     for (int tap = 0; tap < 9; ++tap) store(band.taps + tap * sizes.c + channel, gradient[tap]);
@@ -337,15 +360,15 @@ void depthwise_gradient_row(const SeparableShape& shape, const Sizes& sizes,
 template <class T>
 void plain_gradient(const SeparableShape& shape, const Sizes& sizes, const SeparablePart& part,
                     const BackwardBand& band, const float* z, const float* gt,
-                    std::int64_t pixels, T* gx, const T* next) {
+                    std::int64_t pixels, const T* more, T* gx, const T* next) {
   for (std::int64_t channel = 0; channel < shape.c; channel += kWidth) {
     Unnormalise to_x(shape, part, band, channel);
+    StoreGradient<T> store_next(shape, gx, more, channel);
     for (std::int64_t i = 0; i < pixels; ++i) {
       __builtin_prefetch(next, 0, 2);
       next += kWidth;
       const std::int64_t at = i * sizes.c_step + channel;
-      const Vec v = to_x(load(z + at), load(gt + at));
-      store_x_gradient(shape, gx + i * shape.c + channel, v, shape.c - channel);
+      store_next(to_x(load(z + at), load(gt + at)));
     }
     to_x.save();
   }
@@ -358,7 +381,7 @@ struct BackwardWork {
   const SeparablePart& part;
   const BackwardBand& band;
   const Sizes sizes;
-  const T *x, *y, *gy;
+  const T *x, *y, *gy, *more;
   T* gx;
   float *g, *t, *gt_block, *zeros;
   Ring z, gt;
@@ -370,6 +393,7 @@ struct BackwardWork {
     x = static_cast<const T*>(band.x);
     y = static_cast<const T*>(band.y);
     gy = static_cast<const T*>(band.gy);
+    more = static_cast<const T*>(band.more);
     gx = static_cast<T*>(band.gx);
     Scratch scratch{memory};
     g = scratch.take(sizes.pixels * sizes.o_step);
@@ -382,6 +406,7 @@ struct BackwardWork {
 
   std::int64_t x_at(std::int64_t row) const { return row * shape.w * shape.c; }
   std::int64_t y_at(std::int64_t row) const { return row * shape.w * shape.o; }
+  const T* more_at(std::int64_t row) const { return more == nullptr ? nullptr : more + x_at(row); }
 
   // t's gradient = g · pointwise for `pixels` pixels; meanwhile fetches the next block's gy.
   void pointwise_gradient(const float* from, std::int64_t pixels, float* to, Prefetch& next) {
@@ -422,8 +447,8 @@ struct BackwardWork {
         pointwise_gradient(g, own_pixels, gt_block, next);
         load_z(shape, sizes, part, x + x_at(row), own_pixels, t);
         weight_gradient(g, own_pixels, end);
-        plain_gradient(shape, sizes, part, band, t, gt_block, own_pixels, gx + x_at(row),
-                       x + x_at(end));
+        plain_gradient(shape, sizes, part, band, t, gt_block, own_pixels, more_at(row),
+                       gx + x_at(row), x + x_at(end));
         continue;
       }
       for (std::int64_t r = row; r < end; ++r) {
@@ -440,8 +465,8 @@ struct BackwardWork {
       // Rows whose neighbours below are there, or lie outside the image.
       const std::int64_t ready = end == stop ? band.last : smaller(end - d, band.last);
       for (std::int64_t ahead = loaded; done < ready; ++done, ++ahead) {
-        depthwise_gradient_row(shape, sizes, part, band, z, gt, done, gx + x_at(done),
-                               x + x_at(ahead));
+        depthwise_gradient_row(shape, sizes, part, band, z, gt, done, more_at(done),
+                               gx + x_at(done), x + x_at(ahead));
       }
     }
     if (shape.streams) finish_streams();

@@ -14,10 +14,12 @@ from pnfs.kernels.oks_nms import oks_matrix, oks_nms
 from pnfs.kernels.registry import dispatch, explain, ops, use_backend
 from pnfs.kernels.scale_mix import scale_mix
 from pnfs.kernels.separable_conv import separable_conv
+from pnfs.kernels.shared import SharedMap
 from pnfs.kernels.vector_heatmap import vector_heatmap
 from pnfs.kernels.vector_heatmap_loss import vector_heatmap_loss
 
 __all__ = [
+    "SharedMap",
     "batch_stats",
     "crop_normalize",
     "decode_heatmaps",

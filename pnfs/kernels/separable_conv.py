@@ -20,12 +20,13 @@ from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
 from pnfs.kernels.checks import STORAGE, Verdict
 from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
+from pnfs.kernels.shared import SharedMap, unshared
 
 STORAGE_CPU = (torch.float32, torch.bfloat16)
 
 
 def separable_conv(
-    x: Tensor,
+    x: Tensor | SharedMap,
     pointwise: Tensor,
     *,
     depthwise: Tensor | None = None,
@@ -46,7 +47,8 @@ def separable_conv(
 
     Args:
         x: (P, N, C, H, W), float32, bfloat16, float16 or float64. Any layout; channels-last inside
-            each part is taken without a copy, and so are parts that share one map (stride 0).
+            each part is taken without a copy, and so are parts that share one map (stride 0). A
+            `SharedMap` is passed on: its next readers' gradients are added in this op's own pass.
         pointwise: (P, O, C). This and the other weights: float32 or the dtype of `x`.
         depthwise: (P, C, 3, 3), or None for a plain 1×1 convolution.
         bias: (P, O) or None.
@@ -68,6 +70,8 @@ def separable_conv(
         PnfsError: a shape, dtype or device that does not fit, one of `mean` and `var` without the
             other, a dilation below 1.
     """
+    shared = x if isinstance(x, SharedMap) else None
+    x = unshared(x)
     checks.check_tensor("x", x, (None,) * 5, *STORAGE, torch.float64)
     p, _, c, h, w = x.shape
     checks.check_tensor("pointwise", pointwise, (p, None, c))
@@ -98,6 +102,9 @@ def separable_conv(
     )
     weights = [None if tensor is None else tensor.to(wide) for tensor, _ in shapes.values()]
     args = (checks.as_stacked(x), *weights, mean, var, int(dilation), bool(stats), float(eps))
+    if shared is not None and _passes_on(args):
+        y, mean_y, var_y, shared.map = _PassOn.apply(*args)
+        return y, mean_y, var_y
     return cast(tuple[Tensor, Tensor, Tensor], OP(*args))
 
 
@@ -232,10 +239,12 @@ def _cpp_backward(
     mean_y: Tensor | None,
     g_mean_y: Tensor | None,
     g_var_y: Tensor | None,
+    more: Tensor | None = None,
 ) -> list[Tensor]:
+    """`more` is as x's gradient, and is added to it."""
     gradients = _empty_backward(x, pointwise, depthwise, mean, var, dilation, eps, has_bias)
     weights = _contiguous(pointwise, depthwise, mean, var)
-    of_results = [y, mean_y, gy, *_contiguous(g_mean_y, g_var_y)]
+    of_results = [y, mean_y, gy, *_contiguous(g_mean_y, g_var_y), more]
     size = _size(x, pointwise, dilation)
     _call("separable_conv_backward", [x, *weights, *of_results, *gradients], x, size, eps)
     return gradients
@@ -255,6 +264,7 @@ def _backward(
     gy: Tensor | None,
     g_mean_y: Tensor | None,
     g_var_y: Tensor | None,
+    *more: Tensor,
 ) -> tuple[Any, ...]:
     x, pointwise, depthwise, mean, var, *results = ctx.saved_tensors
     y, mean_y = results or (None, None)
@@ -268,7 +278,7 @@ def _backward(
         gy = checks.empty_stacked((p, n, pointwise.shape[1], h, w), x).zero_()
     gx, g_pointwise, g_depthwise, g_bias, g_mean, g_var = launch(
         x, pointwise, depthwise, mean, var, ctx.dilation, ctx.eps, ctx.has_bias,
-        _dense(gy), y, mean_y, g_mean_y, g_var_y,
+        _dense(gy), y, mean_y, g_mean_y, g_var_y, *map(_dense, more),
     )  # fmt: skip
     return (
         gx,
@@ -281,6 +291,26 @@ def _backward(
         None,
         None,
     )
+
+
+def _passes_on(args: Sequence[Any]) -> bool:
+    return OP.choose(args) == "cpp" and torch.is_grad_enabled() and args[0].requires_grad
+
+
+class _PassOn(torch.autograd.Function):
+    """separable_conv_cpp and x itself, whose gradient is added to that of the convolution."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        results = torch.ops.pnfs.separable_conv_cpp(*args)
+        _setup_context(ctx, args, results)
+        return (*results, args[0].view_as(args[0]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        gy, g_mean_y, g_var_y, g_x = grads
+        launch = torch.ops.pnfs.separable_conv_cpp_backward
+        return _backward(launch, ctx, gy, g_mean_y, g_var_y, *(() if g_x is None else (g_x,)))
 
 
 def _can_run(x: Tensor, *_: Any) -> Verdict:

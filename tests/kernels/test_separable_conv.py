@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
-from pnfs.kernels import checks, native, separable_conv, use_backend
+from pnfs.kernels import SharedMap, checks, native, separable_conv, use_backend
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 STORAGE_CPU = (torch.float32, torch.bfloat16)
@@ -330,6 +330,36 @@ def test_two_in_a_row_are_a_separable_convolution(backend: str, device: str, isa
 
 
 @on_every_backend
+@pytest.mark.parametrize("options", ["", "bias", "depthwise normalised"])
+@pytest.mark.parametrize("dtype", STORAGE_CPU)
+def test_gradients_of_a_map_with_several_readers(
+    backend: str, device: str, isa: str, options: str, dtype: torch.dtype
+) -> None:
+    """Two convolutions read x, and after them a square, or nothing."""
+    case = random_case((2, 3, 20, 9, 7), 16, options, dtype=dtype)
+
+    def readers(share: bool, used: bool) -> Any:
+        def call_all(*leaves: Tensor) -> tuple[Tensor, ...]:
+            own = case.with_tensors(leaves)
+            x: Any = SharedMap(own.x)
+            first = call(replace(own, x=x) if share else own)
+            second = call(replace(own, x=x if share else own.x, dilation=2))
+            return (*first, *second, *([x.map.square()] if used else []))
+
+        return call_all
+
+    for used in (True, False):
+        with use_backend("torch"):
+            tensors = [t.double() for t in case.tensors.values()]
+            want = value_and_gradients(readers(False, used), tensors)
+        with using(backend, isa), memory_filled_with_nan():
+            tensors = [t.to(device) for t in case.tensors.values()]
+            have = value_and_gradients(readers(True, used), tensors)
+        for result, right in zip(have, want, strict=True):
+            assert error_of(result, right) <= 2 * DTYPES[dtype]
+
+
+@on_every_backend
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_value_that_is_no_number_spoils_its_neighbours_alone(
     backend: str, device: str, isa: str, bad: float
@@ -398,6 +428,22 @@ def test_torch_compile_keeps_the_op_and_its_gradient() -> None:
     have = value_and_gradients(compiled, list(case.tensors.values()))
     for a, b in zip(have, run(case), strict=True):
         assert torch.equal(a, 2 * b)
+
+
+@needs_cpp
+def test_torch_compile_keeps_a_map_with_several_readers() -> None:
+    case = random_case((2, 2, 16, 4, 4), 8)
+
+    def readers(*tensors: Tensor) -> tuple[Tensor, ...]:
+        x: Any = SharedMap(tensors[0])
+        y, mean, var = call(replace(case.with_tensors(tensors), x=x))
+        return y, mean, var, x.map * 3
+
+    compiled = torch.compile(readers, fullgraph=True, backend="aot_eager")
+    have = value_and_gradients(compiled, list(case.tensors.values()))
+    want = value_and_gradients(readers, list(case.tensors.values()))
+    for a, b in zip(have, want, strict=True):
+        assert torch.equal(a, b)
 
 
 @needs_cpp

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pnfs.backbones import build_backbone
 from pnfs.backbones.base import Backbone
 from pnfs.backbones.hrnet import HRNetTrunk
+from pnfs.backbones.norm import BatchNormAct2d
 from pnfs.backbones.resnet import Bottleneck
 from pnfs.backbones.weights import init_convolutions
 from pnfs.config import ModelConfig
@@ -63,11 +64,12 @@ class SimpleBaseline(Baseline):
         for _ in range(DECONV_LAYERS):
             layers += [
                 nn.ConvTranspose2d(inputs, DECONV_CHANNELS, 4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(DECONV_CHANNELS),
-                nn.ReLU(inplace=True),
+                BatchNormAct2d(DECONV_CHANNELS, "relu"),
+                nn.Identity(),  # keeps the published numbers of what follows
             ]
             inputs = DECONV_CHANNELS
-        self.deconv_layers = nn.Sequential(*layers[:-1])  # the head begins with the last ReLU
+        layers[-2:] = [BatchNormAct2d(DECONV_CHANNELS)]  # the head begins with the last ReLU
+        self.deconv_layers = nn.Sequential(*layers)
         init_convolutions(self.deconv_layers)
         self.head = VectorHead(DECONV_CHANNELS, [_keypoints_of_one_head(config)], config.vector_dim)
 

@@ -126,7 +126,7 @@ def count_costs(
         raise PnfsError(f"count_costs: device '{device}' is not available here; use cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
         hollow = _hollow_copy(model, device).train(mode == "train")
-        images = torch.empty(batch, 3, *size, device=device)
+        images = torch.empty(batch, 3, *size, device=device, memory_format=torch.channels_last)
         counter = _Counter(hollow)
         # one thread: a dispatch mode belongs to the thread that entered it
         with torch.autograd.set_multithreading_enabled(False):
@@ -204,7 +204,8 @@ class _Counter(TorchDispatchMode):
             return outputs
         inputs = _tensors((*args, *kwargs.values()))
         results = _tensors([outputs])
-        if not results or _is_view(func, inputs, results):
+        mutates = func._schema.is_mutable  # such a call may return nothing
+        if not (results or mutates) or _is_view(func, inputs, results):
             return outputs
         read = list(inputs)
         if name in _OVERWRITES:
@@ -214,7 +215,7 @@ class _Counter(TorchDispatchMode):
         if name in op_costs:
             cost = op_costs[name](args, outputs)
         else:
-            cost = OpCost(conv_macs=_conv_macs(name, args, results[0]))
+            cost = OpCost(conv_macs=_conv_macs(name, args, results[0]) if results else 0)
         moved = sum(_touched_bytes(x) for x in (*read, *results))
         self.launches += cost.launches
         self.bytes += moved if cost.bytes is None else cost.bytes

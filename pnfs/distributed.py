@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pnfs import kernels
+from pnfs.backbones.norm import BatchNormAct2d, Statistics
 from pnfs.errors import PnfsError
 from pnfs.operations import PartBatchNorm2d
 
@@ -86,92 +88,15 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return cast(list[float], total.tolist())
 
 
-class _SyncedNormalize(torch.autograd.Function):
-    """x (N, C, H, W) → (x - mean) · rstd with mean and variance over the batches of all ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        channels = x.shape[1]
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        count = x.numel() / max(1, channels)
-        var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
-        own = torch.stack([mean, var, torch.full_like(mean, count)])
-        gathered = [torch.empty_like(own) for _ in range(world())]
-        dist.all_gather(gathered, own)
-        means, variances, counts = torch.stack(gathered).unbind(1)  # each (ranks, C)
-        total = counts.sum(0)
-        mean = (counts * means).sum(0) / total
-        var = (counts * (variances + (means - mean).square())).sum(0) / total
-        rstd = (var + eps).rsqrt()
-        normalized = (wide - mean.view(1, -1, 1, 1)) * rstd.view(1, -1, 1, 1)
-        ctx.save_for_backward(normalized, rstd, total)
-        ctx.mark_non_differentiable(mean, var, total)
-        return normalized.to(x.dtype), mean, var, total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        normalized, rstd, total = ctx.saved_tensors
-        grad = grads[0].to(normalized.dtype)
-        sums = torch.stack([grad.sum(dim=(0, 2, 3)), (grad * normalized).sum(dim=(0, 2, 3))])
-        dist.all_reduce(sums)
-        mean_grad, mean_product = (sums / total).view(2, 1, -1, 1, 1).unbind(0)
-        grad_x = (grad - mean_grad - normalized * mean_product) * rstd.view(1, -1, 1, 1)
-        return grad_x.to(grads[0].dtype), None
-
-
-def synced_batch_norm(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """Training-mode batch normalisation of x (N, C, H, W) with the statistics of all ranks.
-
-    Works on every device, where torch's own SyncBatchNorm needs a GPU. Running statistics are
-    updated in place with the unbiased variance, as `torch.nn.functional.batch_norm` does.
-    """
-    y, mean, var, count = _SyncedNormalize.apply(x, eps)
-    with torch.no_grad():
-        unbiased = var * (count / (count - 1).clamp(min=1))
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-    if weight is not None:
-        y = y * weight.to(y.dtype).view(1, -1, 1, 1)
-    return y if bias is None else y + bias.to(y.dtype).view(1, -1, 1, 1)
-
-
-class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` with the statistics of all ranks while training."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.momentum is not None
-        self.num_batches_tracked.add_(1)
-        return synced_batch_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.momentum,
-            self.eps,
-        )
-
-
 class _GatheredStatistics(torch.autograd.Function):
-    """Mean and biased variance (P, C) of this process → those over all processes."""
+    """Mean and biased variance, (P, C) or (C,), of this process → those over all processes."""
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor]:
         own = torch.stack([mean, var, torch.full_like(mean, count)])
         gathered = [torch.empty_like(own) for _ in range(world())]
         dist.all_gather(gathered, own)
-        means, variances, counts = torch.stack(gathered).unbind(1)  # each (ranks, P, C)
+        means, variances, counts = torch.stack(gathered).unbind(1)  # each (ranks, ...)
         total = counts.sum(0)
         all_mean = (counts * means).sum(0) / total
         all_var = (counts * (variances + (means - all_mean).square())).sum(0) / total
@@ -187,12 +112,28 @@ class _GatheredStatistics(torch.autograd.Function):
         return share * (sums[0] + 2 * off_mean * sums[1]), share * sums[1], None
 
 
+def _gather(mean: Tensor, var: Tensor, count: float) -> tuple[Tensor, Tensor, float]:
+    mean, var, total = _GatheredStatistics.apply(mean, var, count)
+    return mean, var, float(total.flatten()[0])
+
+
 class SyncedPartBatchNorm2d(PartBatchNorm2d):
     """`PartBatchNorm2d` with the statistics of all ranks while training."""
 
     def gather(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
-        mean, var, total = _GatheredStatistics.apply(mean, var, float(count))
-        return mean, var, float(total.flatten()[0])
+        return _gather(mean, var, float(count))
+
+
+class SyncedBatchNormAct2d(BatchNormAct2d):
+    """`BatchNormAct2d` with the statistics of all ranks while training.
+
+    Works on every device, where torch's own SyncBatchNorm needs a GPU.
+    """
+
+    def normalise_batch(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Statistics]:
+        mean, var, count = _gather(*kernels.batch_stats(x), x.numel() / max(1, x.shape[1]))
+        y, _, _ = self.normalise(x, residual, mean, var)
+        return y, (mean, var, count)
 
 
 def synchronize_batch_norm(model: nn.Module) -> None:
@@ -202,7 +143,7 @@ def synchronize_batch_norm(model: nn.Module) -> None:
     keys.
     """
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncedBatchNorm2d
+        if type(module) is BatchNormAct2d:
+            module.__class__ = SyncedBatchNormAct2d
         elif type(module) is PartBatchNorm2d:
             module.__class__ = SyncedPartBatchNorm2d

@@ -29,6 +29,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("max_threads", &max_threads, "Threads that a parallel region of this thread gets.");
 #define PNFS_DEF(name) \
   module.def(#name, &pnfs::name, pybind11::call_guard<pybind11::gil_scoped_release>())
+  PNFS_DEF(batch_norm_act);
+  PNFS_DEF(batch_norm_act_backward);
   PNFS_DEF(batch_stats);
   PNFS_DEF(batch_stats_backward);
   PNFS_DEF(crop_normalize);

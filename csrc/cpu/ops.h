@@ -112,4 +112,20 @@ void batch_stats_backward(Address x, std::int64_t part_stride, Address mean, Add
                           Address g_variance, Address gx, const std::array<std::int64_t, 3>& size,
                           int dtype);
 
+// `size` is pixels, C of maps that are channels-last; `norm` is mean, variance, scale and shift, (C)
+// float32; `residual` may be 0; `activation`: 0 none, 1 ReLU, 2 ReLU6. With `batch` the statistics are
+// computed and written. See pnfs/kernels/batch_norm_act.py.
+void batch_norm_act(Address x, Address residual, const std::array<Address, 4>& norm, Address y,
+                    const std::array<std::int64_t, 2>& size, bool batch, double eps,
+                    int activation, int dtype);
+
+// `gradients`: of scale, shift, mean and variance, the latter two 0 with `batch`. `gv` is the
+// gradient of what the activation took, like gy; it is 0, and so is `residual`, but where there are
+// both a residual and an activation.
+void batch_norm_act_backward(Address gy, Address x, Address residual,
+                             const std::array<Address, 4>& norm, Address gx, Address gv,
+                             const std::array<Address, 4>& gradients,
+                             const std::array<std::int64_t, 2>& size, bool batch, double eps,
+                             int activation, int dtype);
+
 }  // namespace pnfs

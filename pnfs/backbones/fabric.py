@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from pnfs.backbones.base import Backbone
+from pnfs.backbones.norm import BatchNormAct2d
 from pnfs.config import DroppedConfig, FabricBackboneConfig
 from pnfs.fabric import Fabric
 from pnfs.liveness import Dropped
-from pnfs.operations import BN_EPS, BN_MOMENTUM
 from pnfs.topology import build_topology
 
 STEM_CHANNELS = 64
@@ -20,10 +20,10 @@ def fabric_stem(out_channels: int) -> nn.Sequential:
     """Image → 1/4 scale: 3×3 stride 2 → BN → 3×3 stride 2 → BN → ReLU → 1×1."""
     return nn.Sequential(
         nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(STEM_CHANNELS, BN_EPS, BN_MOMENTUM),
+        BatchNormAct2d(STEM_CHANNELS),
         nn.Conv2d(STEM_CHANNELS, STEM_CHANNELS, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(STEM_CHANNELS, BN_EPS, BN_MOMENTUM),
-        nn.ReLU(inplace=True),
+        BatchNormAct2d(STEM_CHANNELS, "relu"),
+        nn.Identity(),  # keeps the published numbers of what follows
         nn.Conv2d(STEM_CHANNELS, out_channels, 1, bias=False),
     )
 
@@ -65,7 +65,7 @@ class FabricBackbone(Backbone):
         outputs = None if read is None else dict.fromkeys(read, (0,))
         self.fabric = Fabric(topology, 1, profile=config.profile, dropped=dropped, outputs=outputs)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images (N, 3, H, W) → four maps (N, channels[level], H / s, W / s), s = 4, 8, 16, 32; an
         empty one for a level that nobody reads."""
         levels = self.fabric((self.stem(images),))

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnfs.backbones.base import Backbone
+from pnfs.backbones.norm import BatchNormAct2d
 from pnfs.backbones.resnet import Bottleneck
 from pnfs.backbones.weights import init_convolutions
 
@@ -26,14 +27,13 @@ class BasicBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNormAct2d(width, "relu")
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNormAct2d(width, "relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y)) + x
-        return F.relu(y, inplace=True)
+        y = self.bn1(self.conv1(x))
+        return cast(Tensor, self.bn2(self.conv2(y), x))
 
 
 class ExchangeModule(nn.Module):
@@ -74,9 +74,9 @@ class _ToStage3(Backbone):
         self.name = f"HRNet-W{width}"
         self.widths = (width, 2 * width, 4 * width, 8 * width)
         self.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = BatchNormAct2d(64, "relu")
         self.conv2 = nn.Conv2d(64, 64, 3, stride=2, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(64)
+        self.bn2 = BatchNormAct2d(64, "relu")
         self.layer1 = nn.Sequential(*(Bottleneck(64 if i == 0 else 256, 64) for i in range(4)))
         self.transition1 = _transition((256,), self.widths[:2])
         self.stage2 = _stage(2, self.widths)
@@ -85,8 +85,8 @@ class _ToStage3(Backbone):
         self.transition3 = _transition(self.widths[:3], self.widths)
 
     def four_branches(self, images: Tensor) -> list[Tensor]:
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = self.bn1(self.conv1(images))
+        x = self.bn2(self.conv2(x))
         maps = _move(self.transition1, [self.layer1(x)])
         maps = _move(self.transition2, self.stage2(maps))
         return _move(self.transition3, self.stage3(maps))
@@ -103,7 +103,7 @@ class HRNetPyramid(_ToStage3):
         self.channels = self.widths
         init_convolutions(self)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.four_branches(images))
 
 
@@ -122,7 +122,7 @@ class HRNetTrunk(_ToStage3):
         self.stage4 = _stage(4, self.widths, last_outputs=1)
         init_convolutions(self)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.stage4(self.four_branches(images)))
 
 
@@ -159,7 +159,7 @@ def _exchange(widths: tuple[int, ...], source: int, target: int) -> nn.Module:
     if source > target:
         return nn.Sequential(
             nn.Conv2d(widths[source], widths[target], 1, bias=False),
-            nn.BatchNorm2d(widths[target]),
+            BatchNormAct2d(widths[target]),
             nn.Upsample(scale_factor=1 << (source - target), mode="nearest"),
         )
     # each step halves the scale; the width changes, and the ReLU is left out, in the last one alone
@@ -178,5 +178,7 @@ def _exchange(widths: tuple[int, ...], source: int, target: int) -> nn.Module:
 
 
 def _conv3x3(inputs: int, outputs: int, *, stride: int, relu: bool) -> nn.Sequential:
-    layers = [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs)]
-    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if relu else []))
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+        BatchNormAct2d(outputs, "relu" if relu else "none"),
+    )

@@ -7,11 +7,12 @@ checkpoints; torchvision's nested one (`features.1.conv.0.0.weight`) is mapped t
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
 from pnfs.backbones.base import Backbone
+from pnfs.backbones.norm import BatchNormAct2d
 from pnfs.backbones.weights import init_convolutions
 
 # (expansion t, output channels, repeats, first stride), Table IX
@@ -43,8 +44,7 @@ class MobileNetV2(Backbone):
         super().__init__()
         stem = nn.Sequential(
             nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(STEM_CHANNELS),
-            nn.ReLU6(inplace=True),
+            BatchNormAct2d(STEM_CHANNELS, "relu6"),
         )
         blocks: list[nn.Module] = [stem]
         inputs = STEM_CHANNELS
@@ -57,7 +57,7 @@ class MobileNetV2(Backbone):
         self.features = nn.Sequential(*blocks)
         init_convolutions(self)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
         pyramid = []
         x = images
         for index, block in enumerate(self.features):
@@ -73,7 +73,10 @@ class MobileNetV2(Backbone):
 
 
 class InvertedResidual(nn.Module):
-    """1×1 expansion (none for t = 1) → depthwise 3×3 → linear 1×1, plus the input if it fits."""
+    """1×1 expansion (none for t = 1) → depthwise 3×3 → linear 1×1, plus the input if it fits.
+
+    The identities stand where checkpoints number the activations.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -83,20 +86,24 @@ class InvertedResidual(nn.Module):
         if expansion != 1:
             layers += [
                 nn.Conv2d(inputs, hidden, 1, bias=False),
-                nn.BatchNorm2d(hidden),
-                nn.ReLU6(inplace=True),
+                BatchNormAct2d(hidden, "relu6"),
+                nn.Identity(),
             ]
         layers += [
             nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden, bias=False),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU6(inplace=True),
+            BatchNormAct2d(hidden, "relu6"),
+            nn.Identity(),
             nn.Conv2d(hidden, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
+            BatchNormAct2d(outputs),
         ]
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.residual else self.conv(x)
+        *layers, norm = self.conv
+        y = x
+        for layer in layers:
+            y = layer(y)
+        return cast(Tensor, norm(y, x if self.residual else None))
 
 
 def _flat_key(key: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnfs.backbones.base import Backbone
+from pnfs.backbones.norm import BatchNormAct2d
 from pnfs.backbones.weights import init_convolutions
 
 BLOCKS = {50: (3, 4, 6, 3), 152: (3, 8, 36, 3)}
@@ -21,23 +22,22 @@ class Bottleneck(nn.Module):
         super().__init__()
         outputs = EXPANSION * inner
         self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
+        self.bn1 = BatchNormAct2d(inner, "relu")
         self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
+        self.bn2 = BatchNormAct2d(inner, "relu")
         self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
+        self.bn3 = BatchNormAct2d(outputs, "relu")
         self.downsample: nn.Sequential | None = None
         if stride != 1 or inputs != outputs:
             self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), BatchNormAct2d(outputs)
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
-        y = y + (x if self.downsample is None else self.downsample(x))
-        return F.relu(y, inplace=True)
+        y = self.bn1(self.conv1(x))
+        y = self.bn2(self.conv2(y))
+        residual = x if self.downsample is None else self.downsample(x)
+        return cast(Tensor, self.bn3(self.conv3(y), residual))
 
 
 class ResNet(Backbone):
@@ -51,7 +51,7 @@ class ResNet(Backbone):
         super().__init__()
         self.name = f"ResNet-{depth}"
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = BatchNormAct2d(64, "relu")
         inputs = 64
         for stage, blocks in enumerate(BLOCKS[depth]):
             inner = 64 << stage
@@ -63,8 +63,8 @@ class ResNet(Backbone):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         init_convolutions(self)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        x = self.bn1(self.conv1(images))
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         pyramid = []
         for stage in range(1, 5):

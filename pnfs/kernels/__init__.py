@@ -6,6 +6,7 @@ with kernels.use_backend("torch"):   # "auto" | "torch" | "cpp" | "triton" | "cu
 print(kernels.explain())
 """
 
+from pnfs.kernels.batch_norm_act import batch_norm_act
 from pnfs.kernels.batch_stats import batch_stats
 from pnfs.kernels.crop_normalize import crop_normalize
 from pnfs.kernels.decode_heatmaps import decode_heatmaps
@@ -20,6 +21,7 @@ from pnfs.kernels.vector_heatmap_loss import vector_heatmap_loss
 
 __all__ = [
     "SharedMap",
+    "batch_norm_act",
     "batch_stats",
     "crop_normalize",
     "decode_heatmaps",

@@ -1,0 +1,8 @@
+// The kernels of batch_norm_act for one instruction set; setup.py chooses the compiler's flags by
+// name.
+#define PNFS_LANES 4
+#include "cpu/batch_norm_act_kernels.h"
+
+namespace pnfs {
+const BatchNormActKernels kBatchNormActPortable = kKernels;
+}

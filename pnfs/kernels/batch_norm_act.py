@@ -1,0 +1,272 @@
+"""Batch normalisation, an optional residual and the activation in one op.
+
+Axes: N batch, C channels, H W. Neither the normalised map nor a mask is saved: the backward pass
+recomputes what it needs from x. In a training step that reads and writes 8 maps where batch
+normalisation and activation for themselves take 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pnfs.errors import PnfsError, did_you_mean
+from pnfs.kernels import checks, native
+from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
+from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
+
+Activation = Literal["none", "relu", "relu6"]
+ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "relu6")  # index: the code of the kernels
+
+Forward = tuple[Tensor, Tensor, Tensor]
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: Activation = "none",
+    eps: float = 1e-5,
+) -> Forward:
+    """Normalise, add, activate. Differentiable in every tensor.
+
+        y = act(weight (x - mean) / sqrt(var + eps) + bias + residual)
+
+    Without `mean` and `var` they are those of x over N, H and W, as in training, and x's gradient
+    goes through them too.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64. Channels-last is taken without a
+            copy.
+        weight, bias: (C,), float32 (float64 for float64 maps).
+        mean, var: (C,), given statistics, biased, of the same dtype. Both or neither.
+        residual: like x, or None for none.
+        activation: "none", "relu" or "relu6".
+        eps: of the batch normalisation.
+
+    Returns:
+        y: (N, C, H, W), channels-last, dtype of x; arithmetic is in float32 (float64 for float64).
+        mean, var: (C,), the batch's statistics, var biased; NaN for an empty batch. They are not
+            differentiable. Empty (0,) tensors where statistics were given.
+
+    Raises:
+        PnfsError: a shape, dtype or device that does not fit, one of `mean` and `var` without the
+            other, an unknown activation.
+    """
+    checks.check_tensor("x", x, (None,) * 4, *STORAGE, torch.float64)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if (mean is None) != (var is None):
+        raise PnfsError("mean and var must be given both or neither")
+    per_channel = {"weight": weight, "bias": bias, "mean": mean, "var": var}
+    for name, tensor in per_channel.items():
+        if tensor is not None:
+            checks.check_tensor(name, tensor, (x.shape[1],), wide)
+    if residual is not None:
+        checks.check_tensor("residual", residual, tuple(x.shape), x.dtype)
+    checks.check_same_device(x=x, **per_channel, residual=residual)
+    if activation not in ACTIVATIONS:
+        raise PnfsError(
+            f"activation '{activation}' is unknown; use {', '.join(ACTIVATIONS)}"
+            f"{did_you_mean(activation, ACTIVATIONS)}"
+        )
+    code = ACTIVATIONS.index(activation)
+    x, residual = channels_last(x), None if residual is None else channels_last(residual)
+    return cast(Forward, OP(x, weight, bias, mean, var, residual, code, float(eps)))
+
+
+def batch_norm_act_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    eps: float,
+) -> Forward:
+    """The definition; see `batch_norm_act`. `activation` is an index into `ACTIVATIONS`."""
+    z = x.to(weight.dtype)
+    weight, bias = (
+        weight.contiguous(),
+        bias.contiguous(),
+    )  # torch misreads strided ones
+    results = weight.new_empty(0), weight.new_empty(0)
+    if mean is None or var is None:
+        with torch.no_grad():
+            var, mean = torch.var_mean(z, dim=(0, 2, 3), correction=0)
+        results = mean, var
+        z = torch.batch_norm(z, weight, bias, None, None, True, 0.0, eps, True)
+    elif mean.requires_grad or var.requires_grad:  # torch.batch_norm would give them no gradient
+        scale = weight * (var + eps).rsqrt()
+        z = (z - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None]
+    else:
+        z = torch.batch_norm(z, weight, bias, mean, var, False, 0.0, eps, True)
+    z = z if residual is None else z + residual
+    y = (z, F.relu(z), F.relu6(z))[activation]
+    return channels_last(y.to(x.dtype)), *results
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` (N, C, H, W), copied unless its channels are adjacent."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# The backends take the arguments of the reference. Their gradients take the gradient of y and what
+# the forward pass took and found; they return those of x, weight, bias, mean, var and residual,
+# (0,) where there is none. Without an activation the residual's is that of y.
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _empty(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, *_: Any) -> Forward:
+    shape = weight.shape if mean is None else (0,)
+    stats = [torch.empty(shape, dtype=weight.dtype, device=x.device) for _ in range(2)]
+    return _empty_like(x), stats[0], stats[1]
+
+
+def _empty_backward(
+    gy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    activation: int,
+    batch: bool,
+    eps: float,
+) -> list[Tensor]:
+    """`residual` is given where the activation's gradient depends on it."""
+    given = (0,) if batch else weight.shape
+    shapes = (weight.shape, weight.shape, given, given)
+    small = [torch.empty(shape, dtype=weight.dtype, device=x.device) for shape in shapes]
+    g_residual = weight.new_empty(0, dtype=x.dtype) if residual is None else _empty_like(x)
+    return [_empty_like(x), *small, g_residual]
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the data lie, 0 for none. The caller keeps `tensor` alive."""
+    return 0 if tensor is None or not tensor.numel() else tensor.data_ptr()
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    n, c, h, w = x.shape
+    return n * h * w, c
+
+
+def _cpp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    eps: float,
+) -> Forward:
+    results = _empty(x, weight, bias, mean)
+    y, *own = results
+    stats = own if mean is None or var is None else [mean.contiguous(), var.contiguous()]
+    norm = [*stats, weight.contiguous(), bias.contiguous()]
+    native.call(
+        "_cpu", "batch_norm_act",
+        x.data_ptr(), address(residual), checks.addresses(norm), y.data_ptr(), _size(x),
+        mean is None, eps, activation, checks.DTYPE_CODES[x.dtype],
+        shapes=f"x {tuple(x.shape)}",
+    )  # fmt: skip
+    return results
+
+
+def _cpp_backward(
+    gy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    activation: int,
+    batch: bool,
+    eps: float,
+) -> list[Tensor]:
+    gradients = _empty_backward(gy, x, weight, bias, mean, var, residual, activation, batch, eps)
+    gx, *small, g_residual = gradients
+    norm = [tensor.contiguous() for tensor in (mean, var, weight, bias)]
+    native.call(
+        "_cpu", "batch_norm_act_backward",
+        gy.data_ptr(), x.data_ptr(), address(residual), checks.addresses(norm),
+        gx.data_ptr(), address(g_residual), [address(tensor) for tensor in small], _size(x),
+        batch, eps, activation, checks.DTYPE_CODES[x.dtype],
+        shapes=f"x {tuple(x.shape)}",
+    )  # fmt: skip
+    return gradients
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
+    x, weight, bias, mean, var, residual, ctx.activation, ctx.eps = inputs
+    ctx.batch = mean is None
+    if ctx.batch:
+        _, mean, var = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # for those two: nothing reads them
+    ctx.has_residual = residual is not None
+    masked = [residual] if ctx.has_residual and ctx.activation else []
+    ctx.save_for_backward(x, weight, bias, mean, var, *masked)
+
+
+def _backward(launch: Callable[..., Any], ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, weight, bias, mean, var, *masked = ctx.saved_tensors
+    gy = channels_last(gy)
+    gx, g_weight, g_bias, g_mean, g_var, g_residual = launch(
+        gy, x, weight, bias, mean, var, masked[0] if masked else None,
+        ctx.activation, ctx.batch, ctx.eps,
+    )  # fmt: skip
+    stats = (None, None) if ctx.batch else (g_mean, g_var)
+    if ctx.has_residual and not masked:
+        g_residual = gy
+    return gx, g_weight, g_bias, *stats, g_residual if ctx.has_residual else None, None, None
+
+
+def _can_run_cpp(x: Tensor, *_: Any) -> Verdict:
+    return checks.has_dtype("x", x.dtype, STORAGE_CPU)
+
+
+def _cost(launches: int, args: Sequence[Any], outputs: Any) -> OpCost:
+    """Statistics read x once more than the pass that writes y."""
+    x, mean, residual = args[0], args[3], args[5]
+    maps = 2 + (mean is None) + (residual is not None)
+    return OpCost(launches if mean is None else 1, maps * x.nbytes)
+
+
+def _cost_backward(launches: int, args: Sequence[Any], outputs: Any) -> OpCost:
+    """Sums over gy and x, then gx from both; a residual is read, and its gradient written, by the
+    first pass and read, in gy's stead, by the second."""
+    x, residual = args[1], args[6]
+    return OpCost(launches, (5 if residual is None else 7) * x.nbytes)
+
+
+OP = register_op("batch_norm_act", batch_norm_act_reference)
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any, int], ...] = (
+    ("cpp", _cpp, _cpp_backward, _can_run_cpp, 1),
+)
+for _backend, _fn, _fn_backward, _can_run, _launches in _BACKENDS:
+    _name, _devices = f"batch_norm_act_{_backend}_backward", NATIVE_DEVICES[_backend]
+    _cost_of = partial(_cost_backward, _launches)
+    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices, cost=_cost_of)
+    _options = {
+        "setup_context": _setup_context,
+        "backward": partial(_backward, _launch),
+        "cost": partial(_cost, _launches),
+    }
+    OP.register_native(_backend, _fn, _empty, _can_run, **_options)

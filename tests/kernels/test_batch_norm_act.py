@@ -1,0 +1,387 @@
+"""batch_norm_act: every backend against the float64 reference, and that against torch's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import ISAS, error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
+from torch import Tensor
+from torch.nn import functional as F
+
+from pnfs.errors import PnfsError
+from pnfs.kernels import batch_norm_act, batch_stats, native, use_backend
+from pnfs.kernels.batch_norm_act import ACTIVATIONS, Activation
+
+DTYPES = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+# torch.batch_norm in float32 takes x·scale less mean·scale, which costs digits that ours keep.
+TORCH_TOLERANCE = 3e-4
+
+needs_cpp = pytest.mark.skipif(
+    not native.has_function("_cpu", "batch_norm_act")[0],
+    reason=native.has_function("_cpu", "batch_norm_act")[1] or "-",
+)
+BACKENDS = [
+    pytest.param("torch", "cpu"),
+    pytest.param("cpp", "cpu", marks=needs_cpp),
+]
+on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+of_every_kind = pytest.mark.parametrize(
+    ("activation", "residual", "given_stats"),
+    [(a, r, g) for a in ACTIVATIONS for r in (False, True) for g in (False, True)],
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The tensors of one call, and its activation."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+    residual: Tensor | None
+    activation: Activation
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Case:
+        return replace(self, **{name: change(value) for name, value in self.tensors.items()})
+
+    def results(self) -> list[Tensor]:
+        """y, the statistics that were found, and the gradients of all tensors."""
+        names = list(self.tensors)
+        own: list[Tensor] = []
+
+        def call(*tensors: Tensor) -> Tensor:
+            case = replace(self, **dict(zip(names, tensors, strict=True)))
+            y, mean, var = batch_norm_act(
+                case.x, case.weight, case.bias, mean=case.mean, var=case.var,
+                residual=case.residual, activation=case.activation,
+            )  # fmt: skip
+            assert not mean.requires_grad and not var.requires_grad
+            own[:] = [mean, var]
+            return y
+
+        y, *gradients = value_and_gradients(call, list(self.tensors.values()))
+        return [y, *own, *gradients]
+
+
+def random_case(
+    shape: tuple[int, int, int, int],
+    activation: Activation = "relu6",
+    *,
+    residual: bool = False,
+    given_stats: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    offset: float = 1,
+) -> Case:
+    """Channels-last maps of mean `offset`; what the activation takes lies off its edges, where
+    rounding decides."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    def map_() -> Tensor:
+        n, c, h, w = shape
+        return normal(n, h, w, c).permute(0, 3, 1, 2)
+
+    c = shape[1]
+    stats = [normal(c), normal(c).square() + 0.1] if given_stats else [None, None]
+    added = map_().to(dtype) if residual else None
+    weight, bias = normal(c).abs() + 0.5, 2 * normal(c) + 1
+    case = Case((2 * map_() + offset).to(dtype), weight, bias, *stats, added, activation)
+    for _ in range(3):
+        plain = replace(case, activation="none")
+        with use_backend("torch"), torch.no_grad():
+            z = batch_norm_act(**{name: value.double() for name, value in plain.tensors.items()})[0]
+        near = (z.abs() < 1e-4) | ((z - 6).abs() < 1e-4)
+        if not near.any():
+            break
+        case = replace(case, x=torch.where(near, case.x + 0.0625, case.x))
+    return case
+
+
+def check(case: Case, backend: str, device: str, magnified: float = 1) -> list[Tensor]:
+    """`magnified`: how often rounding counts, where a deviation or a sum nearly cancels."""
+    tolerance = magnified * DTYPES[case.x.dtype]
+    if backend == "torch":
+        tolerance = max(tolerance, TORCH_TOLERANCE)
+    with use_backend("torch"):
+        want = case.map(Tensor.double).results()
+    with use_backend(backend):
+        have = case.map(lambda tensor: tensor.to(device)).results()
+    y = have[0]
+    assert y.dtype == case.x.dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    found = torch.float32 if case.mean is None else None
+    dtypes = [found or tensor.dtype for tensor in have[1:3]]
+    dtypes = [case.x.dtype, *dtypes, *(tensor.dtype for tensor in case.tensors.values())]
+    for result, right, dtype in zip(have, want, dtypes, strict=True):
+        assert result.dtype == dtype
+        assert error_of(result, right) <= tolerance
+    return have
+
+
+def taken(backend: str, dtype: torch.dtype) -> bool:
+    return backend != "cpp" or dtype in CPU_DTYPES
+
+
+def test_the_reference_equals_torchs_layers() -> None:
+    case = random_case((3, 5, 4, 6), "relu6", residual=True).map(Tensor.double)
+    norm = torch.nn.BatchNorm2d(5).double()
+
+    def layers(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        z = F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, True, 0.1)
+        return F.relu6(z + residual)
+
+    with use_backend("torch"):
+        y, mean, var, *gradients = case.results()
+    want = value_and_gradients(layers, list(case.tensors.values()))
+    for have, right in zip([y, *gradients], want, strict=True):
+        assert error_of(have, right) < 1e-12
+    count = 3 * 4 * 6
+    assert error_of(0.1 * mean, norm.running_mean) < 1e-12
+    assert error_of(0.9 + 0.1 * var * count / (count - 1), norm.running_var) < 1e-12
+
+
+def test_given_statistics_are_those_of_an_evaluated_layer() -> None:
+    case = random_case((3, 5, 4, 6), "relu", given_stats=True).map(Tensor.double)
+    assert case.mean is not None
+    want = F.relu(F.batch_norm(case.x, case.mean, case.var, case.weight, case.bias))
+    y, *none = batch_norm_act(**case.tensors, activation="relu")
+    assert error_of(y, want) < 1e-12
+    assert error_of(case.results()[0], want) < 1e-12
+    assert all(tensor.shape == (0,) for tensor in none)
+
+
+@of_every_kind
+def test_gradcheck_of_the_reference(
+    activation: Activation, residual: bool, given_stats: bool
+) -> None:
+    case = random_case((2, 3, 2, 2), activation, residual=residual, given_stats=given_stats)
+    case = case.map(Tensor.double)
+    names = list(case.tensors)
+
+    def call(*tensors: Tensor) -> Tensor:
+        given = dict(zip(names, tensors, strict=True))
+        return batch_norm_act(**given, activation=activation)[0]
+
+    leaves = tuple(tensor.requires_grad_() for tensor in case.tensors.values())
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@of_every_kind
+def test_equals_the_float64_reference(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    activation: Activation,
+    residual: bool,
+    given_stats: bool,
+) -> None:
+    if not taken(backend, dtype):
+        pytest.skip("not a type of the CPU kernels")
+    kind = {"residual": residual, "given_stats": given_stats, "dtype": dtype}
+    check(random_case((2, 24, 6, 5), activation, **kind), backend, device)
+
+
+@on_every_backend
+@settings(max_examples=40, deadline=None)
+@given(
+    images=st.integers(1, 3),
+    channels=st.one_of(st.integers(1, 20), st.sampled_from([24, 32, 48, 80, 130, 144])),
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    activation=st.sampled_from(ACTIVATIONS),
+    residual=st.booleans(),
+    given_stats=st.booleans(),
+)
+def test_any_shape(
+    backend: str,
+    device: str,
+    images: int,
+    channels: int,
+    height: int,
+    width: int,
+    activation: Activation,
+    residual: bool,
+    given_stats: bool,
+) -> None:
+    shape = (images, channels, height, width)
+    kind = {"residual": residual, "given_stats": given_stats}
+    check(random_case(shape, activation, **kind), backend, device, magnified=10)
+
+
+@on_every_backend
+@pytest.mark.filterwarnings("ignore:var_mean")
+@pytest.mark.parametrize("given_stats", [False, True])
+def test_an_empty_batch(backend: str, device: str, given_stats: bool) -> None:
+    case = random_case((0, 5, 4, 3), residual=True, given_stats=given_stats)
+    have = check(case, backend, device)
+    if not given_stats:
+        assert have[1].isnan().all() and have[2].isnan().all()
+    assert not any(tensor.any() for tensor in have[3:])
+
+
+@on_every_backend
+@pytest.mark.parametrize("residual", [False, True])
+def test_sums_over_many_pixels(backend: str, device: str, residual: bool) -> None:
+    """Several units of work, results past the caches, and pixels that fill no whole row."""
+    check(random_case((5, 24, 111, 97), residual=residual), backend, device)
+
+
+@on_every_backend
+def test_a_mean_far_above_the_deviation(backend: str, device: str) -> None:
+    """1000 deviations: float32 keeps three digits more, the statistics all of them."""
+    if backend == "torch":
+        pytest.skip("torch.batch_norm loses them")
+    check(random_case((2, 20, 16, 15), "relu", offset=2000), backend, device, magnified=100)
+
+
+@on_every_backend
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_any_layout(backend: str, device: str, activation: Activation) -> None:
+    case = random_case((3, 16, 6, 5), activation, residual=True)
+    want = check(case, backend, device)
+    for same in (
+        case.map(lambda x: x.contiguous()),
+        case.map(lambda x: torch.stack((x, x), dim=-1)[..., 0]),
+    ):
+        have = check(same, backend, device)
+        assert all(error_of(a, b) < 1e-5 for a, b in zip(have, want, strict=True))
+
+
+@on_every_backend
+def test_an_infinite_and_a_missing_value_stay(backend: str, device: str) -> None:
+    case = random_case((1, 3, 1, 4), "relu6", given_stats=True).map(lambda x: x.to(device))
+    x = case.x.clone()
+    x[0, :, 0, 0], x[0, :, 0, 1], x[0, :, 0, 2] = torch.nan, torch.inf, -torch.inf
+    with use_backend(backend):
+        y = batch_norm_act(**{**case.tensors, "x": x}, activation="relu6")[0][0, :, 0]
+    assert y[:, 0].isnan().all() and (y[:, 1] == 6).all() and (y[:, 2] == 0).all()
+
+
+@on_every_backend
+def test_on_the_edges_of_the_activation_nothing_passes(backend: str, device: str) -> None:
+    """As in torch: the gradient is 0 where the activation's input is exactly 0 or 6."""
+    x = torch.tensor([-1.0, 0, 3, 6, 7], device=device).view(1, 1, 1, 5).requires_grad_()
+    one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
+    for activation, passed in (("relu6", [0, 0, 1, 0, 0]), ("relu", [0, 0, 1, 1, 1])):
+        with use_backend(backend):
+            y = batch_norm_act(x, one, zero, mean=zero, var=one, activation=activation, eps=0.0)[0]
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert gradient.flatten().tolist() == passed
+
+
+@on_every_backend
+def test_statistics_from_elsewhere_have_gradients(backend: str, device: str) -> None:
+    """batch_stats and batch_norm_act together are a batch normalisation: what ranks share."""
+    case = random_case((2, 24, 5, 6), "relu6", residual=True)
+
+    def call(*tensors: Tensor) -> Tensor:
+        x, weight, bias, residual = tensors
+        mean, var = batch_stats(x)
+        return batch_norm_act(
+            x, weight, bias, mean=mean, var=var, residual=residual, activation="relu6"
+        )[0]
+
+    tensors = [tensor.to(device) for tensor in case.tensors.values()]
+    with use_backend({"batch_norm_act": backend}):
+        have = value_and_gradients(call, tensors)
+        y, _, _, *gradients = case.map(lambda x: x.to(device)).results()
+    for a, b in zip(have, [y, *gradients], strict=True):
+        assert error_of(a, b) < 4e-6
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+def test_every_instruction_set(
+    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PNFS_ISA", isa)
+    for channels in (3, 22, 64):
+        for residual in (False, True):
+            check(random_case((2, channels, 20, 17), residual=residual, dtype=dtype), "cpp", "cpu")
+
+
+@needs_cpp
+@pytest.mark.parametrize("given_stats", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_every_value_is_written_and_equal_in_every_run(given_stats: bool, residual: bool) -> None:
+    case = random_case((3, 24, 117, 119), residual=residual, given_stats=given_stats)
+    with use_backend("cpp"), memory_filled_with_nan():
+        runs = results_by_threads(case.results)
+    assert not any(tensor.isnan().any() for tensor in runs[0])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@needs_cpp
+def test_the_residual_shares_its_gradient_where_nothing_masks_it() -> None:
+    case = random_case((2, 16, 3, 4), "none", residual=True)
+    x, weight, bias, residual = (t.requires_grad_() for t in case.tensors.values())
+    with use_backend("cpp"):
+        y = batch_norm_act(x, weight, bias, residual=residual)[0]
+    gy = torch.randn_like(y)
+    _, given = torch.autograd.grad(y, (x, residual), gy)
+    assert given.data_ptr() == gy.data_ptr()
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@of_every_kind
+def test_opcheck(
+    dtype: torch.dtype, activation: Activation, residual: bool, given_stats: bool
+) -> None:
+    kind = {"residual": residual, "given_stats": given_stats, "dtype": dtype}
+    for shape in ((2, 5, 3, 4), (1, 16, 1, 1)):
+        case = random_case(shape, activation, **kind)
+        for tensor in case.tensors.values():
+            tensor.requires_grad_()
+        code = ACTIVATIONS.index(activation)
+        args = (case.x, case.weight, case.bias, case.mean, case.var, case.residual, code, 1e-5)
+        torch.library.opcheck(torch.ops.pnfs.batch_norm_act_cpp.default, args)
+
+
+@needs_cpp
+def test_torch_compile_keeps_the_op_and_its_gradient() -> None:
+    case = random_case((2, 16, 4, 4), "relu6", residual=True)
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return 2 * batch_norm_act(x, weight, bias, residual=residual, activation="relu6")[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    tensors = list(case.tensors.values())
+    have, want = value_and_gradients(compiled, tensors), value_and_gradients(call, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
+def test_wrong_arguments_are_named() -> None:
+    x, one = torch.zeros(1, 2, 1, 1), torch.ones(2)
+    with pytest.raises(PnfsError, match="x must have shape"):
+        batch_norm_act(x[0], one, one)
+    with pytest.raises(PnfsError, match=r"weight must have shape \(2\)"):
+        batch_norm_act(x, one[:1], one)
+    with pytest.raises(PnfsError, match="bias must be float32"):
+        batch_norm_act(x, one, one.double())
+    with pytest.raises(PnfsError, match="mean and var must be given both or neither"):
+        batch_norm_act(x, one, one, mean=one)
+    with pytest.raises(PnfsError, match="residual must have shape"):
+        batch_norm_act(x, one, one, residual=x[:, :1])
+    with pytest.raises(PnfsError, match="did you mean 'relu'"):
+        batch_norm_act(x, one, one, activation="relu7")  # type: ignore[arg-type]

@@ -218,7 +218,7 @@ class _Counter(TorchDispatchMode):
             cost = OpCost(conv_macs=_conv_macs(name, args, results[0]) if results else 0)
         moved = sum(_touched_bytes(x) for x in (*read, *results))
         self.launches += cost.launches
-        self.bytes += moved if cost.bytes is None else cost.bytes
+        self.bytes += (moved if cost.bytes is None else cost.bytes) + cost.scratch
         if self.forward and cost.conv_macs:
             owner = self._owner(inputs)
             self.macs[owner] = self.macs.get(owner, 0) + cost.conv_macs

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
 from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
-from pnfs.kernels.registry import NATIVE_DEVICES, Backend, register_op, torch_op
+from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
+
+TRITON_TERMS = 8  # at most, of a sum that one Triton kernel takes
 
 
 def mixed_sum(
@@ -184,6 +186,63 @@ def _cpp_backward(
     return gradients
 
 
+def _triton(
+    x: Tensor | None,
+    branches: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    weights: Tensor,
+    relu: Sequence[bool],
+    eps: float,
+) -> Tensor:
+    # Imported at the first call: triton takes a second to load and exists on Linux alone.
+    from pnfs.kernels.triton.mixed_sum import launch
+
+    maps = [*branches] if x is None else [x, *branches]
+    out = _empty(x, branches)
+    launch(maps, (means, variances), weights, eps, out, **_kinds(x, relu))
+    return out
+
+
+def _triton_backward(
+    g: Tensor,
+    x: Tensor | None,
+    branches: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    weights: Tensor,
+    relu: Sequence[bool],
+    eps: float,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    from pnfs.kernels.triton.mixed_sum import launch_backward
+
+    maps = [*branches] if x is None else [x, *branches]
+    gradients = _empty_backward(g, x, branches, means, variances, weights)
+    g_maps, g_means, g_variances, g_weights = gradients
+    launch_backward(
+        g, maps, (means, variances), weights, eps, g_maps, (g_means, g_variances), g_weights,
+        **_kinds(x, relu),
+    )  # fmt: skip
+    return gradients
+
+
+def _kinds(x: Tensor | None, relu: Sequence[bool]) -> dict[str, Any]:
+    """Per term, for the Triton kernels: its statistics' index, or -1, and whether it has a ReLU."""
+    plain = 0 if x is None else 1
+    return {
+        "slots": (*(-1,) * plain, *range(len(relu))),
+        "relus": (*(False,) * plain, *map(bool, relu)),
+    }
+
+
+def _triton_backward_cost(args: Sequence[Any], outputs: Any) -> OpCost:
+    from pnfs.kernels.triton.mixed_sum import backward_blocks, bytes_of_partials
+
+    p, pixels, c = _size(args[0])
+    _, _, blocks = backward_blocks(p, pixels, c, len(outputs[0]))
+    return OpCost(launches=2, scratch=2 * bytes_of_partials(outputs[0], blocks))
+
+
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
@@ -218,10 +277,20 @@ def _can_run_cpp(x: Tensor | None, branches: Sequence[Tensor], *_: Any) -> Verdi
     return checks.has_dtype("x", (branches[0] if x is None else x).dtype, STORAGE_CPU)
 
 
+def _can_run_triton(x: Tensor | None, branches: Sequence[Tensor], *_: Any) -> Verdict:
+    maps = [*branches] if x is None else [x, *branches]
+    if len(maps) > TRITON_TERMS:
+        return checks.no(f"{len(maps)} terms, takes up to {TRITON_TERMS}")
+    return checks.has_dtype("x", maps[0].dtype, STORAGE)
+
+
 OP = register_op("mixed_sum", mixed_sum_reference)
-_BACKENDS: tuple[tuple[Backend, Any, Any, Any], ...] = (("cpp", _cpp, _cpp_backward, _can_run_cpp),)
-for _backend, _fn, _fn_backward, _can_run in _BACKENDS:
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any, Any], ...] = (
+    ("cpp", _cpp, _cpp_backward, None, _can_run_cpp),
+    ("triton", _triton, _triton_backward, _triton_backward_cost, _can_run_triton),
+)
+for _backend, _fn, _fn_backward, _cost, _can_run in _BACKENDS:
     _name, _devices = f"mixed_sum_{_backend}_backward", NATIVE_DEVICES[_backend]
-    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices)
+    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices, cost=_cost)
     _options = {"setup_context": _setup_context, "backward": partial(_backward, _launch)}
     OP.register_native(_backend, _fn, _empty, _can_run, **_options)

@@ -265,11 +265,13 @@ def _chosen_without_call(op: Op, able: dict[str, Verdict], wanted: str, device: 
 @dataclass(frozen=True)
 class OpCost:
     """What one call of an implementation costs: kernels launched, bytes of memory read and written
-    (None: every argument and every result once), multiply-adds of the convolutions in it."""
+    (None: every argument and every result once), multiply-adds of the convolutions in it, and bytes
+    read and written besides, of buffers that are neither argument nor result."""
 
     launches: int = 1
     bytes: int | None = None
     conv_macs: int = 0
+    scratch: int = 0
 
 
 # torch op ("pnfs::name") -> cost(args, outputs), which reads shapes and dtypes only. An op without

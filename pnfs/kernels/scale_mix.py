@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from pnfs.errors import PnfsError, did_you_mean
 from pnfs.kernels import checks, native
 from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
-from pnfs.kernels.registry import NATIVE_DEVICES, Backend, register_op, torch_op
+from pnfs.kernels.mixed_sum import TRITON_TERMS
+from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
 
 TRANSFORMS = ("same", "down", "up")
 SAME, DOWN, UP = range(3)  # inside the op: torch's schemas know no lists of strings
@@ -233,6 +234,74 @@ def _cpp_backward(
     return gradients
 
 
+def _triton(
+    sources: Sequence[Tensor],
+    transforms: Sequence[int],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    weights: Tensor,
+    relu: bool,
+    down_relu: bool,
+    eps: float,
+) -> Tensor:
+    # Imported at the first call: triton takes a second to load and exists on Linux alone.
+    from pnfs.kernels.triton.scale_mix import launch
+
+    out = _empty(sources, transforms)
+    norms = (means, variances, gammas, betas)
+    launch(sources, norms, weights, eps, out, relu=relu, **_kinds(transforms, down_relu))
+    return out
+
+
+def _triton_backward(
+    g: Tensor,
+    h: Tensor,
+    sources: Sequence[Tensor],
+    transforms: Sequence[int],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    weights: Tensor,
+    relu: bool,
+    down_relu: bool,
+    eps: float,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    from pnfs.kernels.triton.scale_mix import launch_backward
+
+    norms = (means, variances, gammas, betas)
+    gradients = g_sources, g_norms, g_weights = _empty_backward(
+        g, h, sources, transforms, *norms, weights
+    )
+    launch_backward(
+        g, h, sources, norms, weights, eps, g_sources, g_norms.unbind(0), g_weights,
+        relu=relu, **_kinds(transforms, down_relu),
+    )  # fmt: skip
+    return gradients
+
+
+def _kinds(transforms: Sequence[int], down_relu: bool) -> dict[str, Any]:
+    """Per source, for the Triton kernels: its statistics' index, or -1, whether it has a ReLU of
+    its own, and whether it is upsampled."""
+    slots = iter(range(len(transforms)))
+    return {
+        "slots": tuple(-1 if code == SAME else next(slots) for code in transforms),
+        "relus": tuple(code == DOWN and down_relu for code in transforms),
+        "ups": tuple(code == UP for code in transforms),
+    }
+
+
+def _triton_backward_cost(args: Sequence[Any], outputs: Any) -> OpCost:
+    from pnfs.kernels.triton.mixed_sum import bytes_of_partials
+    from pnfs.kernels.triton.scale_mix import backward_blocks
+
+    g, _, _, transforms = args[:4]
+    _, _, blocks = backward_blocks(g.shape, [code == UP for code in transforms])
+    return OpCost(launches=2, scratch=2 * bytes_of_partials(outputs[0], blocks))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     sources, ctx.transforms, *norms, weights, ctx.relu, ctx.down_relu, ctx.eps = inputs
     ctx.save_for_backward(output, weights, *sources, *(s for items in norms for s in items))
@@ -255,10 +324,22 @@ def _can_run_cpp(sources: Sequence[Tensor], *_: Any) -> Verdict:
     return checks.has_dtype("sources[0]", sources[0].dtype, STORAGE_CPU)
 
 
+def _can_run_triton(sources: Sequence[Tensor], *_: Any) -> Verdict:
+    if len(sources) > TRITON_TERMS:
+        return checks.no(f"{len(sources)} sources, takes up to {TRITON_TERMS}")
+    _, n, _, h, w = sources[0].shape
+    if n * h * w >= 2**30:  # it counts them in 32 bits
+        return checks.no(f"sources[0] has {n * h * w} pixels per part, takes fewer than 2^30")
+    return checks.has_dtype("sources[0]", sources[0].dtype, STORAGE)
+
+
 OP = register_op("scale_mix", scale_mix_reference)
-_BACKENDS: tuple[tuple[Backend, Any, Any, Any], ...] = (("cpp", _cpp, _cpp_backward, _can_run_cpp),)
-for _backend, _fn, _fn_backward, _can_run in _BACKENDS:
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any, Any], ...] = (
+    ("cpp", _cpp, _cpp_backward, None, _can_run_cpp),
+    ("triton", _triton, _triton_backward, _triton_backward_cost, _can_run_triton),
+)
+for _backend, _fn, _fn_backward, _cost, _can_run in _BACKENDS:
     _name, _devices = f"scale_mix_{_backend}_backward", NATIVE_DEVICES[_backend]
-    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices)
+    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices, cost=_cost)
     _options = {"setup_context": _setup_context, "backward": partial(_backward, _launch)}
     OP.register_native(_backend, _fn, _empty, _can_run, **_options)

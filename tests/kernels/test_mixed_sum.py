@@ -16,8 +16,11 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import batch_stats, checks, mixed_sum, native, use_backend
+from pnfs.kernels.registry import op_costs
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+if native.triton_interpreted():  # which cuts bfloat16 off
+    DTYPES[torch.bfloat16] = 2**-7
 
 needs_cpp = pytest.mark.skipif(
     not native.has_function("_cpu", "mixed_sum")[0],
@@ -26,8 +29,14 @@ needs_cpp = pytest.mark.skipif(
 BACKENDS = [
     pytest.param("torch", "cpu"),
     pytest.param("cpp", "cpu", marks=needs_cpp),
+    pytest.param("triton", "cpu"),
+    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
 ]
+TRITON = BACKENDS[2:]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+on_triton = pytest.mark.parametrize(("backend", "device"), TRITON)
+# Of random shapes; Triton's interpreter takes milliseconds per program.
+EXAMPLES = 6 if native.triton_interpreted() else 30
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -167,7 +176,7 @@ def test_equals_the_float64_reference(
 
 
 @on_every_backend
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_any_shape(backend: str, device: str, data: st.DataObject) -> None:
     channels = st.one_of(st.integers(1, 20), st.sampled_from([32, 48, 64, 80, 130]))
@@ -187,6 +196,8 @@ def test_any_shape(backend: str, device: str, data: st.DataObject) -> None:
 @on_every_backend
 def test_sums_over_many_pixels(backend: str, device: str) -> None:
     """More units of work than one per part; gradients of statistics are sums over 6144 pixels."""
+    if (backend, device) == ("triton", "cpu"):
+        pytest.skip("Triton's interpreter: too many programs")
     check(random_case((2, 2, 64, 64, 48)), backend, device)
 
 
@@ -229,7 +240,7 @@ def test_with_statistics_of_the_branches_themselves(backend: str, device: str) -
     inputs = [case.x, *case.branches, case.weights]
     with use_backend("torch"):
         want = value_and_gradients(call, [tensor.double() for tensor in inputs])
-    with use_backend(backend):
+    with use_backend({"mixed_sum": backend}):
         have = value_and_gradients(call, [tensor.to(device) for tensor in inputs])
     for result, right in zip(have, want, strict=True):
         assert error_of(result, right) < 2e-6
@@ -269,6 +280,55 @@ def test_opcheck(dtype: torch.dtype) -> None:
             leaves.relu, 1e-5,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.pnfs.mixed_sum_cpp.default, args)
+
+
+@on_triton
+@pytest.mark.parametrize("shape", [(2, 2, 20, 9, 8), (1, 1, 3, 1, 1)])
+def test_programs_that_take_several_steps(
+    backend: str, device: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every value is written, and the same ones in every run."""
+    monkeypatch.setattr("pnfs.kernels.triton.mixed_sum.PROGRAMS", 3)
+    case = random_case(shape, 4)  # type: ignore[arg-type]
+    with memory_filled_with_nan():
+        first, second = (check(case, backend, device) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@on_triton
+def test_opcheck_of_triton(backend: str, device: str) -> None:
+    case = random_case((2, 1, 5, 3, 2))
+    leaves = case.with_tensors(tuple(t.to(device).requires_grad_() for t in case.tensors))
+    args = (
+        leaves.x, leaves.branches, leaves.means, leaves.variances, leaves.weights,
+        leaves.relu, 1e-5,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.pnfs.mixed_sum_triton.default, args)
+
+
+def test_what_a_gpu_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "backend_available", lambda *_: (True, ""))
+    monkeypatch.setattr(native, "backend_fits", lambda *_: (True, ""))
+    small = random_case((1, 1, 2, 1, 1))
+    for case, message in [
+        (random_case((1, 1, 2, 1, 1), 8), "9 terms, takes up to 8"),
+        (small.double(), "x is float64, takes float32, bfloat16, float16"),
+    ]:
+        with use_backend("triton"), pytest.raises(PnfsError, match=message):
+            run(case)
+
+
+def test_costs_of_the_gpu_count_the_sums_between_its_two_kernels() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    case = random_case((3, 2, 40, 32, 24))
+    case = case.with_tensors(tuple(t.to("meta") for t in case.tensors))
+    args = (
+        case.x, case.x, case.branches, case.means, case.variances, case.weights, case.relu, 1e-5
+    )  # fmt: skip
+    outputs = torch.ops.pnfs.mixed_sum_triton_backward.default(*args)
+    cost = op_costs["pnfs::mixed_sum_triton_backward"](args, outputs)
+    # Two sums per term, part and channel of 48 blocks of 32 pixels, written and read.
+    assert (cost.launches, cost.scratch) == (2, 2 * 4 * 3 * 3 * 2 * 48 * 40)
 
 
 @needs_cpp

@@ -16,9 +16,12 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import batch_stats, native, scale_mix, use_backend
-from pnfs.kernels.scale_mix import TRANSFORMS
+from pnfs.kernels.registry import op_costs
+from pnfs.kernels.scale_mix import OP, TRANSFORMS
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+if native.triton_interpreted():  # which cuts bfloat16 off
+    DTYPES[torch.bfloat16] = 2**-7
 
 needs_cpp = pytest.mark.skipif(
     not native.has_function("_cpu", "scale_mix")[0],
@@ -27,8 +30,14 @@ needs_cpp = pytest.mark.skipif(
 BACKENDS = [
     pytest.param("torch", "cpu"),
     pytest.param("cpp", "cpu", marks=needs_cpp),
+    pytest.param("triton", "cpu"),
+    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
 ]
+TRITON = BACKENDS[2:]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+on_triton = pytest.mark.parametrize(("backend", "device"), TRITON)
+# Of random shapes; Triton's interpreter takes milliseconds per program.
+EXAMPLES = 6 if native.triton_interpreted() else 30
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -169,7 +178,7 @@ def test_equals_the_float64_reference(
 
 
 @on_every_backend
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_any_shape(backend: str, device: str, data: st.DataObject) -> None:
     transforms = data.draw(st.lists(st.sampled_from(TRANSFORMS), min_size=1, max_size=4))
@@ -198,6 +207,8 @@ def test_bands_of_images_meet_without_a_seam(
     backend: str, device: str, parts: int, images: int
 ) -> None:
     """Few images are cut into bands of rows that several threads take."""
+    if (backend, device) == ("triton", "cpu"):
+        pytest.skip("Triton's interpreter: it knows no bands")
     check(random_case((parts, images, 20, 50, 6)), backend, device)
 
 
@@ -274,6 +285,56 @@ def test_opcheck(dtype: torch.dtype) -> None:
         codes = [TRANSFORMS.index(name) for name in case.transforms]
         args = (leaves.sources, codes, *leaves.norms, leaves.weights, case.relu, False, 1e-5)
         torch.library.opcheck(torch.ops.pnfs.scale_mix_cpp.default, args)
+
+
+@on_triton
+@pytest.mark.parametrize("transforms", ["same down up", "up", "same down"])
+def test_programs_that_take_several_steps(
+    backend: str, device: str, transforms: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every value is written, and the same ones in every run."""
+    monkeypatch.setattr("pnfs.kernels.triton.mixed_sum.PROGRAMS", 3)
+    case = random_case((2, 2, 20, 10, 8), transforms)
+    with memory_filled_with_nan():
+        first, second = (check(case, backend, device) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@on_triton
+def test_opcheck_of_triton(backend: str, device: str) -> None:
+    case = random_case((2, 1, 5, 4, 2))
+    leaves = case.with_tensors(tuple(t.to(device).requires_grad_() for t in case.tensors))
+    codes = [TRANSFORMS.index(name) for name in case.transforms]
+    args = (leaves.sources, codes, *leaves.norms, leaves.weights, case.relu, False, 1e-5)
+    torch.library.opcheck(torch.ops.pnfs.scale_mix_triton.default, args)
+
+
+def test_what_a_gpu_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "backend_available", lambda *_: (True, ""))
+    monkeypatch.setattr(native, "backend_fits", lambda *_: (True, ""))
+    huge = random_case((1, 1, 1, 1, 1), "same")
+    huge = huge.map(lambda x: x.expand(1, 1, 1, 2**15, 2**15))
+    for case, message in [
+        (random_case((1, 1, 2, 1, 1), " ".join(["same"] * 9)), "9 sources, takes up to 8"),
+        (random_case((1, 1, 2, 1, 1), "same").double(), "float64, takes float32, bfloat16, fl"),
+    ]:
+        with use_backend("triton"), pytest.raises(PnfsError, match=message):
+            run(case)
+    ok, reason = OP.verdict("triton", (huge.sources, [0], [], [], [], [], huge.weights))
+    assert not ok
+    assert "1073741824 pixels per part, takes fewer than 2^30" in reason
+
+
+def test_costs_of_the_gpu_count_the_sums_between_its_two_kernels() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    case = random_case((3, 2, 40, 32, 24))
+    case = case.with_tensors(tuple(t.to("meta") for t in case.tensors))
+    h = torch.empty(3, 2, 40, 32, 24, device="meta")
+    args = (h, h, case.sources, [0, 1, 2], *case.norms, case.weights, True, False, 1e-5)
+    outputs = torch.ops.pnfs.scale_mix_triton_backward.default(*args)
+    cost = op_costs["pnfs::scale_mix_triton_backward"](args, outputs)
+    # Two sums per term, part and channel of 24 blocks of 16 pixels of half resolution.
+    assert (cost.launches, cost.scratch) == (2, 2 * 4 * 3 * 3 * 2 * 24 * 40)
 
 
 @needs_cpp

@@ -1,0 +1,441 @@
+"""Triton kernels of `mixed_sum`; see `pnfs.kernels.mixed_sum`. `scale_mix` without upsampling runs
+on them too.
+
+A map is a matrix (pixels of a part, C), parts any distance apart. Sums over pixels are taken in two
+steps: each program leaves its own in a buffer, and one more kernel adds those in a fixed order.
+
+Arguments that several kernels take, one entry per term of the sum unless said otherwise:
+    maps, strides: the maps and the distances of their parts in elements.
+    norms: mean, variance and, if there are four, scale and shift of the normalised terms; each a
+        tuple of (P, C), one per normalised term.
+    weights: (P, terms).
+    SLOTS: the index of the term's entries in `norms`; -1: it is not normalised.
+    RELUS: whether the term has a ReLU.
+    ROWS, COLS: pixels and channels that a program holds at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pnfs.kernels.triton import OPTIONS
+from pnfs.kernels.triton.aot import Variant
+
+NUM_WARPS, NUM_WARPS_MERGE = 4, 16
+WIDTHS = (32, 16)  # channels of a program: whole sectors of memory, and few sums to merge
+WIDTH_MERGE = 128
+TILE, TILE_MERGE = 1024, 4096  # elements that a program holds, at most
+# Programs of a backward pass, roughly: enough to fill a GPU, few enough to leave few sums.
+PROGRAMS = 1024
+
+
+@triton.jit
+def norm_of(norms, slot: tl.constexpr, at, mask, eps):
+    """Mean, scale and shift (COLS,) of a normalised term: act(scale · (y - mean) + shift)."""
+    mean = tl.load(norms[0][slot] + at, mask=mask, other=0.0)
+    scale = tl.rsqrt(tl.load(norms[1][slot] + at, mask=mask, other=1.0) + eps)
+    shift = tl.zeros_like(mean)
+    if len(norms) == 4:
+        scale *= tl.load(norms[2][slot] + at, mask=mask, other=0.0)
+        shift = tl.load(norms[3][slot] + at, mask=mask, other=0.0)
+    return mean, scale, shift
+
+
+@triton.jit
+def rectified(z):
+    """max(z, 0); NaN stays."""
+    return tl.where(z < 0, 0.0, z)
+
+
+@triton.jit
+def passed(g, z):
+    """The gradient of `rectified(z)` where g arrives."""
+    return tl.where(z <= 0, 0.0, g)
+
+
+@triton.jit
+def place(channels, COLS: tl.constexpr):
+    """This program's number among those with its channels, and these; the programs that share rows
+    are neighbours."""
+    across = tl.cdiv(channels, COLS)
+    program = tl.program_id(0)
+    return program // across, program % across * COLS + tl.arange(0, COLS)
+
+
+@triton.jit
+def mixed_sum_kernel(
+    maps, strides, norms, weights, out, pixels, channels, eps,
+    SLOTS: tl.constexpr, RELUS: tl.constexpr, RELU: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """out: (P, pixels, C). RELU: of the sum."""
+    part = tl.program_id(1).to(tl.int64)
+    block, column = place(channels, COLS)
+    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = column < channels
+    mask = (row < pixels)[:, None] & inside[None, :]
+    at = (row * channels)[:, None] + column[None, :]
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for s in tl.static_range(len(SLOTS)):
+        term = tl.load(maps[s] + part * strides[s] + at, mask=mask, other=0.0).to(tl.float32)
+        if SLOTS[s] >= 0:
+            mean, scale, shift = norm_of(norms, SLOTS[s], part * channels + column, inside, eps)
+            term = (term - mean[None, :]) * scale[None, :] + shift[None, :]
+        if RELUS[s]:
+            term = rectified(term)
+        total += tl.load(weights + part * len(SLOTS) + s) * term
+    if RELU:
+        total = rectified(total)
+    to = out + part * pixels * channels + at
+    tl.store(to, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def term_gradient(
+    y, g, to, mask, norm, weight, first, second, SLOT: tl.constexpr, RELU: tl.constexpr
+):  # fmt: skip
+    """Stores the gradient of a term's map y, and adds what the sums over pixels need: `first` the
+    gradient behind the ReLU, `second` that times y, centred."""
+    mean, scale, shift = norm
+    gain = weight
+    if SLOT >= 0:
+        y -= mean[None, :]
+        if RELU:
+            g = passed(g, y * scale[None, :] + shift[None, :])
+        first += g
+        gain = weight * scale[None, :]
+    second += g * y
+    tl.store(to, (gain * g).to(to.dtype.element_ty), mask=mask)
+    return first, second
+
+
+@triton.jit
+def store_sums(partials, first, second, part, block, column, channels, SLOTS: tl.constexpr):
+    """Leaves a program's sums in `partials`, (P, terms, 2, blocks, C)."""
+    blocks = tl.num_programs(0) // tl.cdiv(channels, column.shape[0])
+    inside = column < channels
+    for s in tl.static_range(len(SLOTS)):
+        to = partials + ((part * len(SLOTS) + s) * 2 * blocks + block) * channels + column
+        if SLOTS[s] >= 0:
+            tl.store(to, tl.sum(first[s], axis=0), mask=inside)
+        tl.store(to + blocks * channels, tl.sum(second[s], axis=0), mask=inside)
+
+
+@triton.jit
+def mixed_sum_backward_kernel(
+    g, g_stride, h, maps, strides, norms, weights, g_maps, partials, pixels, channels, eps, steps,
+    SLOTS: tl.constexpr, RELUS: tl.constexpr, RELU: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """g_maps: (P, pixels, C) each. RELU: of the sum, whose result was h. A program takes `steps`
+    times ROWS pixels."""
+    part = tl.program_id(1).to(tl.int64)
+    block, column = place(channels, COLS)
+    inside = column < channels
+    zero = tl.zeros((ROWS, COLS), tl.float32)
+    first = (zero,) * len(SLOTS)
+    second = (zero,) * len(SLOTS)
+    for step in tl.range(steps, disable_licm=True):
+        row = (block.to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)
+        mask = (row < pixels)[:, None] & inside[None, :]
+        at = (row * channels)[:, None] + column[None, :]
+        own = part * pixels * channels + at
+        incoming = tl.load(g + part * g_stride + at, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            incoming = passed(incoming, tl.load(h + own, mask=mask, other=0.0).to(tl.float32))
+        new_first = ()
+        new_second = ()
+        for s in tl.static_range(len(SLOTS)):
+            y = tl.load(maps[s] + part * strides[s] + at, mask=mask, other=0.0).to(tl.float32)
+            norm = (0.0, 0.0, 0.0)
+            if SLOTS[s] >= 0:
+                norm = norm_of(norms, SLOTS[s], part * channels + column, inside, eps)
+            weight = tl.load(weights + part * len(SLOTS) + s)
+            sums = term_gradient(
+                y, incoming, g_maps[s] + own, mask, norm, weight, first[s], second[s],
+                SLOTS[s], RELUS[s],
+            )  # fmt: skip
+            new_first = new_first + (sums[0],)
+            new_second = new_second + (sums[1],)
+        first = new_first
+        second = new_second
+    store_sums(partials, first, second, part, block, column, channels, SLOTS)
+
+
+@triton.jit
+def merge_kernel(
+    partials, norms, weights, g_norms, g_weights, blocks, channels, eps,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """One program per term and part: from the sums of all blocks to the gradients of weights and of
+    `norms`, whose entries lie in `g_norms`, (normalised terms, P, C) each. In float64."""
+    term = tl.program_id(0)
+    part = tl.program_id(1).to(tl.int64)
+    parts = tl.num_programs(1)
+    start = partials + (part * len(SLOTS) + term) * 2 * blocks * channels
+    weight = tl.load(weights + part * len(SLOTS) + term).to(tl.float64)
+    g_weight = tl.zeros((COLS,), tl.float64)
+    for begin in range(0, channels, COLS):
+        column = begin + tl.arange(0, COLS)
+        inside = column < channels
+        for s in tl.static_range(len(SLOTS)):
+            if term == s:
+                first, second = _totals(start, column, blocks, channels, SLOTS[s] >= 0, ROWS)
+                if SLOTS[s] >= 0:
+                    at = part * channels + column
+                    to = SLOTS[s] * parts * channels + at
+                    variance = tl.load(norms[1][SLOTS[s]] + at, mask=inside, other=1.0)
+                    scale = 1 / tl.sqrt(variance.to(tl.float64) + eps)
+                    normalised = scale * second
+                    slope = weight * scale
+                    if len(norms) == 4:
+                        gamma = tl.load(norms[2][SLOTS[s]] + at, mask=inside, other=0.0)
+                        beta = tl.load(norms[3][SLOTS[s]] + at, mask=inside, other=0.0)
+                        tl.store(g_norms[2] + to, (weight * normalised).to(tl.float32), mask=inside)
+                        tl.store(g_norms[3] + to, (weight * first).to(tl.float32), mask=inside)
+                        slope *= gamma
+                        g_weight += gamma * normalised + beta * first
+                    else:
+                        g_weight += normalised
+                    g_mean = -slope * first
+                    g_variance = -0.5 * slope * scale * normalised
+                    tl.store(g_norms[0] + to, g_mean.to(tl.float32), mask=inside)
+                    tl.store(g_norms[1] + to, g_variance.to(tl.float32), mask=inside)
+                else:
+                    g_weight += second
+    tl.store(g_weights + part * len(SLOTS) + term, tl.sum(g_weight, axis=0).to(tl.float32))
+
+
+@triton.jit
+def _totals(start, column, blocks, channels, BOTH: tl.constexpr, ROWS: tl.constexpr):
+    """Both sums (COLS,) over all blocks, or the second alone; 0 past the last channel."""
+    first = tl.zeros((ROWS, column.shape[0]), tl.float64)
+    second = tl.zeros((ROWS, column.shape[0]), tl.float64)
+    for begin in range(0, blocks, ROWS):
+        block = begin + tl.arange(0, ROWS)
+        mask = (block < blocks)[:, None] & (column < channels)[None, :]
+        at = start + (block.to(tl.int64) * channels)[:, None] + column[None, :]
+        if BOTH:
+            first += tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        second += tl.load(at + blocks * channels, mask=mask, other=0.0).to(tl.float64)
+    return tl.sum(first, axis=0), tl.sum(second, axis=0)
+
+
+def tile_of(channels: int, elements: int) -> dict[str, int]:
+    """ROWS and COLS of a program that holds so many elements, with the fewest idle lanes."""
+    widths = [width for width in WIDTHS if width <= channels]
+    widths = widths or [triton.next_power_of_2(channels)]
+    columns = min(widths, key=lambda width: triton.cdiv(channels, width) * width)
+    return {"ROWS": elements // columns, "COLS": columns}
+
+
+def grid_of(blocks: int, parts: int, channels: int, tile: dict[str, int]) -> tuple[int, int]:
+    """See `place`; parts on the second axis."""
+    return blocks * triton.cdiv(channels, tile["COLS"]), parts
+
+
+def blocks_of(
+    rows: int, parts: int, channels: int, tile: dict[str, int]
+) -> tuple[dict[str, int], int, int]:
+    """The tile, the steps of a program of a backward pass over so many rows, and the programs per
+    part and channels; by shapes alone, as the order of the sums depends on them."""
+    tiles = triton.cdiv(rows, tile["ROWS"])
+    programs, _ = grid_of(tiles, parts, channels, tile)
+    steps = max(1, programs * parts // PROGRAMS)
+    return tile, steps, triton.cdiv(tiles, steps)
+
+
+def part_strides(maps: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(y.stride(0) for y in maps)
+
+
+def contiguous(norms: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor, ...], ...]:
+    return tuple(tuple(item.contiguous() for item in items) for items in norms)
+
+
+def _partials_shape(g_maps: Sequence[Tensor], blocks: int) -> tuple[int, ...]:
+    p, _, c, _, _ = g_maps[0].shape
+    return p, len(g_maps), 2, blocks, c
+
+
+def new_partials(g_maps: Sequence[Tensor], blocks: int) -> Tensor:
+    """What `store_sums` fills."""
+    shape = _partials_shape(g_maps, blocks)
+    return torch.empty(shape, dtype=torch.float32, device=g_maps[0].device)
+
+
+def bytes_of_partials(g_maps: Sequence[Tensor], blocks: int) -> int:
+    return 4 * math.prod(_partials_shape(g_maps, blocks))
+
+
+def launch(
+    maps: Sequence[Tensor],
+    norms: Sequence[Sequence[Tensor]],
+    weights: Tensor,
+    eps: float,
+    out: Tensor,
+    *,
+    slots: tuple[int, ...],
+    relus: tuple[bool, ...],
+    relu: bool = False,
+) -> None:
+    """Launch on the current stream; writes `out` (P, N, C, H, W)."""
+    p, n, c, h, w = out.shape
+    if out.numel() == 0:
+        return
+    tile = forward_tile(c, len(maps))
+    grid = grid_of(triton.cdiv(n * h * w, tile["ROWS"]), p, c, tile)
+    with torch.cuda.device_of(out):
+        mixed_sum_kernel[grid](
+            tuple(maps), part_strides(maps), contiguous(norms), weights.contiguous(), out,
+            n * h * w, c, eps, SLOTS=slots, RELUS=relus, RELU=relu, **tile,
+            num_warps=NUM_WARPS, **OPTIONS,
+        )  # fmt: skip
+
+
+def launch_backward(
+    g: Tensor,
+    maps: Sequence[Tensor],
+    norms: Sequence[Sequence[Tensor]],
+    weights: Tensor,
+    eps: float,
+    g_maps: Sequence[Tensor],
+    g_norms: Sequence[Tensor],
+    g_weights: Tensor,
+    *,
+    slots: tuple[int, ...],
+    relus: tuple[bool, ...],
+    h: Tensor | None = None,
+) -> None:
+    """Launch on the current stream; writes `g_maps`, `g_norms` and `g_weights`. With `h`, the sum
+    went through a ReLU that gave h."""
+    p, n, c, height, width = g.shape
+    pixels = n * height * width
+    tile, steps, blocks = backward_blocks(p, pixels, c, len(maps))
+    norms, weights = contiguous(norms), weights.contiguous()
+    partials = new_partials(g_maps, blocks)
+    with torch.cuda.device_of(g):
+        if g.numel():
+            mixed_sum_backward_kernel[grid_of(blocks, p, c, tile)](
+                g, g.stride(0), g if h is None else h, tuple(maps), part_strides(maps), norms,
+                weights, tuple(g_maps), partials, pixels, c, eps, steps,
+                SLOTS=slots, RELUS=relus, RELU=h is not None, **tile,
+                num_warps=NUM_WARPS, **OPTIONS,
+            )  # fmt: skip
+        launch_merge(partials, norms, weights, eps, g_norms, g_weights, slots)
+
+
+def forward_tile(c: int, terms: int) -> dict[str, int]:
+    return tile_of(c, TILE if terms <= 3 else TILE // 2)
+
+
+def backward_blocks(p: int, pixels: int, c: int, terms: int) -> tuple[dict[str, int], int, int]:
+    """Tile, steps of a program and programs per part of `mixed_sum_backward_kernel`."""
+    # Every term has two sums in registers.
+    tile = tile_of(c, TILE // 2 if terms <= 3 else TILE // 4)
+    return blocks_of(pixels, p, c, tile)
+
+
+def merge_tile(c: int) -> dict[str, int]:
+    columns = min(WIDTH_MERGE, triton.next_power_of_2(c))
+    return {"ROWS": TILE_MERGE // columns, "COLS": columns}
+
+
+def launch_merge(
+    partials: Tensor,
+    norms: Sequence[Sequence[Tensor]],
+    weights: Tensor,
+    eps: float,
+    g_norms: Sequence[Tensor],
+    g_weights: Tensor,
+    slots: tuple[int, ...],
+) -> None:
+    """Launch `merge_kernel` on the current stream."""
+    p, terms, _, blocks, c = partials.shape
+    merge_kernel[(terms, p)](
+        partials, norms, weights, tuple(g_norms), g_weights, blocks, c, eps,
+        SLOTS=slots, **merge_tile(c), num_warps=NUM_WARPS_MERGE, **OPTIONS,
+    )  # fmt: skip
+
+
+# Storage, channels, height and width of maps, branches, with x: what the ahead-of-time check
+# compiles, for three parts of 24 images; levels of `ours-1` first.
+CASES = (
+    ("fp32", 64, (64, 48), 2, True),
+    ("bf16", 256, (16, 12), 2, True),
+    ("fp16", 40, (64, 48), 7, True),
+)
+PARTS, IMAGES = 3, 24
+
+
+def sum_arguments(
+    storage: str, channels: int, sizes: Sequence[int], norms: int, normalised: int
+) -> dict[str, Any]:
+    """Arguments that all kernels but `merge_kernel` share, for maps of so many pixels per part."""
+    return {
+        "maps": (f"*{storage}",) * len(sizes),
+        "strides": tuple(size * channels for size in sizes),
+        "norms": (("*fp32",) * normalised,) * norms,
+        "weights": "*fp32",
+        "channels": channels,
+        "eps": 1e-5,
+    }
+
+
+def backward_arguments(args: dict[str, Any], storage: str, pixels: int) -> dict[str, Any]:
+    """What a backward kernel takes besides, for a gradient of so many pixels per part."""
+    return {
+        "g": f"*{storage}",
+        "g_stride": pixels * args["channels"],
+        "g_maps": args["maps"],
+        "partials": "*fp32",
+    }
+
+
+def merge_variant(name: str, args: dict[str, Any], blocks: int, slots: tuple[int, ...]) -> Variant:
+    """`merge_kernel` after a backward kernel with these arguments."""
+    wanted = {key: args[key] for key in ("norms", "weights", "channels", "eps")}
+    wanted |= {"partials": "*fp32", "g_weights": "*fp32", "blocks": blocks}
+    wanted["g_norms"] = ("*fp32",) * len(args["norms"])
+    constants = {"SLOTS": slots, **merge_tile(args["channels"])}
+    return Variant(merge_kernel, name, wanted, constants, NUM_WARPS_MERGE)
+
+
+def variants() -> list[Variant]:
+    """What the ahead-of-time check compiles: see `CASES`."""
+    found = []
+    for storage, channels, (height, width), branches, with_x in CASES:
+        terms, pixels = branches + with_x, IMAGES * height * width
+        args = sum_arguments(storage, channels, (pixels,) * terms, 2, branches)
+        tile, steps, blocks = backward_blocks(PARTS, pixels, channels, terms)
+        kinds = {
+            "SLOTS": (*(-1,) * with_x, *range(branches)),
+            "RELUS": (*(False,) * with_x, *(True,) * branches),
+            "RELU": False,
+        }
+        name = f"{storage} {height}×{width} C={channels} {branches} branches"
+        name += " and x" if with_x else ""
+        forward = {**args, "out": f"*{storage}", "pixels": pixels}
+        backward = {
+            **args, **backward_arguments(args, storage, pixels), "h": f"*{storage}",
+            "pixels": pixels, "steps": steps,
+        }  # fmt: skip
+        found += [
+            Variant(
+                mixed_sum_kernel,
+                name,
+                forward,
+                {**kinds, **forward_tile(channels, terms)},
+                NUM_WARPS,
+            ),
+            Variant(mixed_sum_backward_kernel, name, backward, {**kinds, **tile}, NUM_WARPS),
+            merge_variant(name, args, blocks, kinds["SLOTS"]),
+        ]
+    return found

@@ -36,7 +36,7 @@ TRITON = BACKENDS[2:]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 on_triton = pytest.mark.parametrize(("backend", "device"), TRITON)
 # Of random shapes; Triton's interpreter takes milliseconds per program.
-EXAMPLES = 6 if native.triton_interpreted() else 30
+EXAMPLES = 3 if native.triton_interpreted() else 30
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -172,6 +172,8 @@ def test_equals_the_float64_reference(
 ) -> None:
     if backend == "cpp" and dtype not in CPU_DTYPES:
         pytest.skip("not a type of the CPU kernels")
+    if (backend, device) == ("triton", "cpu") and branches != 2 and dtype != torch.float32:
+        pytest.skip("Triton's interpreter: two branches run the same lines")
     check(random_case((3, 2, 64, 6, 5), branches, skip=skip, dtype=dtype), backend, device)
 
 

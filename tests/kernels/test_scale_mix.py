@@ -37,7 +37,7 @@ TRITON = BACKENDS[2:]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 on_triton = pytest.mark.parametrize(("backend", "device"), TRITON)
 # Of random shapes; Triton's interpreter takes milliseconds per program.
-EXAMPLES = 6 if native.triton_interpreted() else 30
+EXAMPLES = 3 if native.triton_interpreted() else 30
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -172,6 +172,9 @@ def test_equals_the_float64_reference(
 ) -> None:
     if backend == "cpp" and dtype not in CPU_DTYPES:
         pytest.skip("not a type of the CPU kernels")
+    interpreted = (backend, device) == ("triton", "cpu")
+    if interpreted and transforms != "same down up" and dtype != torch.float32:
+        pytest.skip("Triton's interpreter: all transforms run the same lines")
     for relu in (True, False):
         case = random_case((3, 2, 64, 8, 6), transforms, relu=relu, down_relu=not relu, dtype=dtype)
         check(case, backend, device)

@@ -31,7 +31,7 @@ from pnfs.kernels.triton.aot import Variant
 NUM_WARPS, NUM_WARPS_MERGE = 4, 16
 WIDTHS = (32, 16)  # channels of a program: whole sectors of memory, and few sums to merge
 WIDTH_MERGE = 128
-TILE, TILE_MERGE = 1024, 4096  # elements that a program holds, at most
+TILE, TILE_MERGE = 1024, 2048  # elements that a program holds, at most
 # Programs of a backward pass, roughly: enough to fill a GPU, few enough to leave few sums.
 PROGRAMS = 1024
 
@@ -339,7 +339,7 @@ def forward_tile(c: int, terms: int) -> dict[str, int]:
 def backward_blocks(p: int, pixels: int, c: int, terms: int) -> tuple[dict[str, int], int, int]:
     """Tile, steps of a program and programs per part of `mixed_sum_backward_kernel`."""
     # Every term has two sums in registers.
-    tile = tile_of(c, TILE // 2 if terms <= 3 else TILE // 4)
+    tile = tile_of(c, TILE // 2 if terms <= 3 else TILE // 4 if terms <= 6 else TILE // 8)
     return blocks_of(pixels, p, c, tile)
 
 

@@ -16,6 +16,14 @@ _results: list[harness.Result] = []
 _roofs = functools.cache(harness.measure_roofs)
 
 
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption(
+        "--compile-models",
+        action="store_true",
+        help="compare whole networks with torch.compile too, which takes minutes",
+    )
+
+
 def pytest_configure() -> None:
     keep_heap()  # as training and prediction do, and for every contestant alike
 

@@ -35,6 +35,7 @@ ROUNDS = (7, 30)  # fewest and most; between them as many as take MEASURE_SECOND
 MEASURE_SECONDS = 1.0
 # Ways to a result whose every call PyTorch's dispatcher sees: their traffic can be counted.
 COUNTED = ("torch", "eager")
+SETTLE_SECONDS = 2e-3  # between two ways: the threads of the one wait actively for a while
 # Maps of the part fabrics of preset ours-1 at 256×192: (channels, height, width) of each level.
 FABRIC_LEVELS = ((64, 64, 48), (128, 32, 24), (256, 16, 12))
 PARTS = 3
@@ -212,15 +213,23 @@ def error_of(output: Any, want: Any) -> float:
 
 def distance_of(output: Any, want: Any) -> float:
     """Largest ‖output - want‖ / ‖want‖ of the tensors: for the other ways, where rounding may let
-    a ReLU of a value near 0 pass its gradient or not."""
-    if isinstance(output, Tensor):
-        if output.shape != want.shape:
-            return float("inf")
-        have, right = output.detach().double().cpu(), want.detach().double().cpu()
+    a ReLU of a value near 0 pass its gradient or not.
+
+    A tensor of under 1e-3 of the largest one's norm counts as if it had that: gradients that are 0
+    but for rounding exist, such as those of a shift before a normalisation.
+    """
+    pairs = list(zip(_tuple(output), _tuple(want), strict=True))
+    if any(have.shape != right.shape for have, right in pairs):
+        return float("inf")
+    distances, norms = [], []
+    for have, right in pairs:
+        have, right = have.detach().double().cpu(), right.detach().double().cpu()
         same = (have == right) | (have.isnan() & right.isnan())
-        distance = (have - right).masked_fill(same, 0.0).norm()
-        return float(distance / right.nan_to_num(0, 0, 0).norm().clamp(min=1e-30))
-    return max(distance_of(a, b) for a, b in zip(output, want, strict=True))
+        distances.append((have - right).masked_fill(same, 0.0).norm())
+        norms.append(right.nan_to_num(0, 0, 0).norm())
+    least = max(1e-30, 1e-3 * max(norms))
+    ratios = [d / n.clamp(min=least) for d, n in zip(distances, norms, strict=True)]
+    return float(torch.stack(ratios).max())  # NaN if one is
 
 
 def refuse_wrong(case: Case, way: str, error: float) -> None:
@@ -315,6 +324,7 @@ def measure(case: Case, benchmark: Any, roofs: Callable[[str], Roofs]) -> Result
     def rounds_of_others() -> None:
         for name, seconds in others.items():
             seconds.append(rounds[name].run())
+            time.sleep(SETTLE_SECONDS)
 
     benchmark.pedantic(
         rounds["ours"].run,

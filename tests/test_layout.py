@@ -35,7 +35,7 @@ INFRASTRUCTURE = {
         "test_triton_compile",
         "test_triton_interpreter",
     },
-    "bench": {"conftest", "harness"},
+    "bench": {"conftest", "harness", "plain_model", "report", "gpu"},
 }
 WHOLE_SYSTEM_BENCHES = {"bench_train", "bench_predict"}
 VARIANTS = ("_avx512", "_avx2", "_portable")  # of one op's source, by instruction set

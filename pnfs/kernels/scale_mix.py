@@ -327,7 +327,7 @@ def _can_run_cpp(sources: Sequence[Tensor], *_: Any) -> Verdict:
 def _can_run_triton(sources: Sequence[Tensor], *_: Any) -> Verdict:
     if len(sources) > TRITON_TERMS:
         return checks.no(f"{len(sources)} sources, takes up to {TRITON_TERMS}")
-    _, n, _, h, w = sources[0].shape
+    n, h, w = (sources[0].shape[axis] for axis in (1, 3, 4))
     if n * h * w >= 2**30:  # it counts them in 32 bits
         return checks.no(f"sources[0] has {n * h * w} pixels per part, takes fewer than 2^30")
     return checks.has_dtype("sources[0]", sources[0].dtype, STORAGE)

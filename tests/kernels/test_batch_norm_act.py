@@ -223,7 +223,9 @@ def test_any_shape(
 ) -> None:
     shape = (images, channels, height, width)
     kind = {"residual": residual, "given_stats": given_stats}
-    check(random_case(shape, activation, **kind), backend, device, magnified=10)
+    # Over a few values the gradient of x nearly cancels, and 1 / deviation magnifies what is left.
+    few = images * height * width < 8 and not given_stats
+    check(random_case(shape, activation, **kind), backend, device, magnified=100 if few else 10)
 
 
 @on_every_backend

@@ -216,13 +216,17 @@ def test_any_shape(backend: str, device: str, isa: str, data: st.DataObject) -> 
         data.draw(st.integers(1, 14)),
     )
     options = " ".join(data.draw(st.sets(st.sampled_from(["depthwise", "bias", "normalised"]))))
+    dtype = data.draw(st.sampled_from(STORAGE_CPU))
+    # The gradient through var_y is 2 (y - mean_y) / count, of a y that was rounded to its storage:
+    # over a handful of bfloat16 values that rounding is all there is of it.
+    enough = dtype != torch.bfloat16 or shape[1] * shape[3] * shape[4] >= 64
     case = random_case(
         shape,
         data.draw(channels),
         options,
         dilation=data.draw(st.integers(1, 3)),
-        stats=data.draw(st.booleans()),
-        dtype=data.draw(st.sampled_from(STORAGE_CPU)),
+        stats=data.draw(st.booleans()) and enough,
+        dtype=dtype,
         seed=data.draw(st.integers(0, 99)),
     )
     check(case, backend, device, isa)

@@ -28,10 +28,10 @@ from torch import Tensor
 from pnfs.kernels.triton import OPTIONS
 from pnfs.kernels.triton.aot import Variant
 
-NUM_WARPS, NUM_WARPS_MERGE = 4, 16
+NUM_WARPS, NUM_WARPS_MERGE = 4, 8
 WIDTHS = (32, 16)  # channels of a program: whole sectors of memory, and few sums to merge
 WIDTH_MERGE = 128
-TILE, TILE_MERGE = 1024, 2048  # elements that a program holds, at most
+TILE, TILE_MERGE = 1024, 4096  # elements that a program holds, at most
 # Programs of a backward pass, roughly: enough to fill a GPU, few enough to leave few sums.
 PROGRAMS = 1024
 
@@ -399,7 +399,7 @@ def backward_arguments(args: dict[str, Any], storage: str, pixels: int) -> dict[
     }
 
 
-def merge_variant(name: str, args: dict[str, Any], blocks: int, slots: tuple[int, ...]) -> Variant:
+def merge_variant(name: str, args: dict[str, Any], blocks: int, slots: Any) -> Variant:
     """`merge_kernel` after a backward kernel with these arguments."""
     wanted = {key: args[key] for key in ("norms", "weights", "channels", "eps")}
     wanted |= {"partials": "*fp32", "g_weights": "*fp32", "blocks": blocks}

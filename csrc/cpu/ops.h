@@ -29,6 +29,13 @@ void decode_heatmaps(Address heatmaps, const std::array<std::int64_t, 4>& stride
                      Address matrices, Address xy, Address score,
                      const std::array<std::int64_t, 4>& size, bool shift, int dtype);
 
+// One tensor (n, c, y, x) per input with its strides; the rest is contiguous: float32 weights, the
+// plan (int64), scores (images, K, h, w). See pnfs/kernels/folded_network.py. Throws
+// std::runtime_error for an unusable PNFS_ISA.
+void folded_network(const Addresses& inputs,
+                    const std::vector<std::array<std::int64_t, 4>>& strides, Address weights,
+                    Address plan, Address scores, std::int64_t images);
+
 // Contiguous float64 arrays of n poses with k keypoints; `groups` (int64) may be 0. Writes indices
 // to `keep` (n int64) and returns how many. See pnfs/kernels/oks_nms.py.
 std::int64_t oks_nms(Address points, Address scores, Address areas, Address sigmas, Address groups,

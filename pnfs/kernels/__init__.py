@@ -10,6 +10,7 @@ from pnfs.kernels.batch_norm_act import batch_norm_act
 from pnfs.kernels.batch_stats import batch_stats
 from pnfs.kernels.crop_normalize import crop_normalize
 from pnfs.kernels.decode_heatmaps import decode_heatmaps
+from pnfs.kernels.folded_network import folded_network
 from pnfs.kernels.mixed_sum import mixed_sum
 from pnfs.kernels.oks_nms import oks_matrix, oks_nms
 from pnfs.kernels.registry import dispatch, explain, ops, use_backend
@@ -27,6 +28,7 @@ __all__ = [
     "decode_heatmaps",
     "dispatch",
     "explain",
+    "folded_network",
     "mixed_sum",
     "oks_matrix",
     "oks_nms",

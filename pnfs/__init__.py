@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pnfs.costs import count_costs
     from pnfs.errors import PnfsError
     from pnfs.estimator import PoseEstimator
+    from pnfs.folding import fold
     from pnfs.model import PoseNet, build_model
     from pnfs.pruning import prune
 
@@ -38,6 +39,7 @@ _EXPORTS = {
     "build_model": "model",
     "count_costs": "costs",
     "dump_config": "config",
+    "fold": "folding",
     "list_presets": "config",
     "load_config": "config",
     "load_model": "checkpoint",
@@ -55,6 +57,7 @@ __all__ = [
     "compat",
     "count_costs",
     "dump_config",
+    "fold",
     "kernels",
     "list_presets",
     "load_config",

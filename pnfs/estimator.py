@@ -24,6 +24,7 @@ from pnfs.data.transforms import box_to_center_scale, crop_matrix, invert_affine
 from pnfs.decode import predict_batch
 from pnfs.errors import PnfsError, did_you_mean
 from pnfs.evaluation import rescore
+from pnfs.folding import for_evaluation
 from pnfs.runtime import select_device
 
 ImageLike = str | Path | np.ndarray
@@ -52,7 +53,8 @@ class PoseEstimator:
 
     Args:
         model: a run folder, a `.safetensors` file of this package, or a model with a `config`
-            (then it is put into eval mode and stays where it is unless `device` says otherwise).
+            (then it is put into eval mode and stays where it is unless `device` says otherwise;
+            poses are those of its weights as they are now).
         device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
         precision: of the model's arithmetic: `fp32`, `bf16` or `fp16`.
         flip: average with the mirrored image: twice the work, a little more accurate. Default: as
@@ -99,6 +101,7 @@ class PoseEstimator:
         self.config = config
         self.skeleton = config.skeleton_table
         self.precision = precision
+        self._scores = for_evaluation(self.model, self.device, precision)
         self.flip = settings.flip if flip is None else flip
         self.profile: EvalProfile = settings.profile if profile is None else profile
         self.visible_threshold = settings.visible_threshold
@@ -191,7 +194,7 @@ class PoseEstimator:
         """Estimate one batch of crops and append the poses to those of their images."""
         batch = collate([sample for _, _, sample in pending], self.skeleton.num_keypoints)
         xy, confidence = predict_batch(
-            self.model,
+            self._scores,
             batch.to(self.device),
             size=self.config.input_size,
             skeleton=self.skeleton,

@@ -18,13 +18,14 @@ PACKAGE = ROOT / "pnfs"
 # A module imports only what stands before it. pnfs/__init__.py imports on first use.
 ORDER = """
 errors skeleton topology config statefile runtime kernels info architecture liveness operations
-fabric backbones head baselines model distributed costs search data decode evaluation checkpoint
-compat pruning runlog schedule steps train estimator plotting predict demo export commands cli
+fabric backbones head baselines model folding distributed costs search data decode evaluation
+checkpoint compat pruning runlog schedule steps train estimator plotting predict demo export
+commands cli
 """.split()
 
 # Files beside those of the ops.
 INFRASTRUCTURE = {
-    "pnfs/kernels": {"__init__", "registry", "checks", "native", "shared"},
+    "pnfs/kernels": {"__init__", "registry", "checks", "native", "shared", "folded_program"},
     "pnfs/kernels/triton": {"__init__", "aot"},
     "csrc/cpu": {"cpu_module", "isa"},
     "csrc/cuda": {"cuda_module"},

@@ -32,6 +32,7 @@ from pnfs.evaluation.coco import (
     write_results,
 )
 from pnfs.evaluation.pckh import HEAD_SCALE, LEFT_OUT_OF_MEAN, pckh
+from pnfs.folding import for_evaluation
 from pnfs.statefile import reason, write_json, write_text
 
 Progress = Callable[[int, int], None]  # people done, people in all (of this process)
@@ -113,7 +114,9 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        keypoints = _predict(model, dataset, cfg, torch.device(device), precision, progress)
+        place = torch.device(device)
+        scores = for_evaluation(model, place, precision)
+        keypoints = _predict(scores, dataset, cfg, place, precision, progress)
     finally:
         model.train(training)
     boxes = f"boxes: {dataset.source} ({len(dataset)} people in {len(dataset.image_ids)} images)"

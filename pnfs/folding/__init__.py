@@ -1,0 +1,125 @@
+"""A PoseNet in evaluation mode, folded: the same scores from one native call.
+
+All that is linear is multiplied out in float64 before the first image: batch normalisation, α and β
+into the weights (|O|·softmax(α) ≥ 0 passes through a ReLU), the cells' output convolutions and the
+pyramid's 1×1 reductions into the convolutions that read them, where that lowers the work. 1×1
+convolutions stand before the upsampling, with which they commute. Cells and operations that no
+output depends on, or whose weight is exactly zero, are left out.
+
+Shapes: matrices (O, I); 3×3 kernels (O, I, 3, 3); depthwise taps (C, 3, 3).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pnfs.backbones.fabric import FabricBackbone
+from pnfs.backbones.mobilenet_v2 import MobileNetV2
+from pnfs.errors import PnfsError
+from pnfs.folding.backbones import fused_backbone, write_mobilenet, write_stem
+from pnfs.folding.fabric import FabricFolder, live_inputs
+from pnfs.folding.writer import Feature, Writer
+from pnfs.kernels.folded_network import OP, folded_network, pack
+from pnfs.kernels.folded_program import NONE, RELU, Head
+from pnfs.model import PoseNet
+
+
+class FoldedPoseNet(nn.Module):
+    """What `fold` returns: images (N, 3, H, W) → scores (N, K, H/4, W/4), for evaluation alone.
+
+    Attributes:
+        config: that of the folded model.
+        backbone: modules that run before the program, or None where the program has all of it.
+        weights: all weights, in the program's order.
+        program: see `pnfs.kernels.folded_network`.
+    """
+
+    weights: Tensor
+
+    def __init__(self, model: PoseNet) -> None:
+        super().__init__()
+        self.config = model.config
+        writer = Writer()
+        with torch.no_grad():
+            self.backbone = None if _is_foldable(model) else fused_backbone(model.backbone)
+            _write_network(writer, model)
+        self.program = writer.program(model.config.skeleton_table.num_keypoints)
+        dtype = next(model.parameters()).dtype
+        device = next(model.parameters()).device
+        self.register_buffer("weights", writer.weights().to(device, dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As `PoseNet.forward`, for images of the weights' dtype.
+
+        Raises:
+            PnfsError: a size that is no multiple of 32, or another dtype.
+        """
+        maps = [images] if self.backbone is None else list(self.backbone(images))
+        return folded_network(maps, self.weights, self.program)
+
+
+def fold(model: nn.Module) -> FoldedPoseNet:
+    """The evaluation mode of `model`, as it is now, in one native call.
+
+    The result shares no memory with `model`, whose later changes it does not see.
+
+    Args:
+        model: a PoseNet, from `build_model` or `load_model`.
+
+    Raises:
+        PnfsError: not a PoseNet.
+    """
+    if not isinstance(model, PoseNet):
+        raise PnfsError(f"fold: takes a PoseNet, not {type(model).__name__}")
+    return FoldedPoseNet(model).eval()
+
+
+def for_evaluation(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
+    """`model` folded where that is faster: a PoseNet in float32 on a CPU that has the kernel."""
+    if type(model) is not PoseNet or device.type != "cpu" or precision != "fp32":
+        return model
+    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
+        return model
+    example = torch.empty(0)
+    try:
+        chosen = OP.choose([[example], example, ""])
+    except PnfsError:  # another backend was asked for
+        return model
+    return fold(model) if chosen == "cpp" else model
+
+
+def _is_foldable(model: PoseNet) -> bool:
+    """Whether the program can hold the backbone."""
+    return isinstance(model.backbone, MobileNetV2 | FabricBackbone)
+
+
+def _write_network(writer: Writer, model: PoseNet) -> None:
+    backbone = model.backbone
+    if isinstance(backbone, MobileNetV2):
+        pyramid = [Feature(tap) for tap in write_mobilenet(writer, backbone)]
+    elif isinstance(backbone, FabricBackbone):
+        stem = write_stem(writer, backbone.stem)
+        levels = range(len(backbone.channels))
+        wanted = live_inputs(model.fabric)
+        used = [level for level in levels if level in wanted]
+        features = FabricFolder(writer, backbone.fabric, 0, [stem]).outputs(used)
+        buffers = {level: writer.materialise(features[level]) for level in used}
+        pyramid = [Feature(buffers.get(level, NONE)) for level in levels]
+    else:
+        pyramid = [
+            Feature(writer.load(2 + level, channels))
+            for level, channels in enumerate(backbone.channels)
+        ]
+    heads = []
+    for part in range(model.fabric.parts):
+        folder = FabricFolder(writer, model.fabric, part, pyramid)
+        heads.append(writer.materialise(folder.outputs([0])[0], act=RELU))
+    convs = [cast(nn.Conv2d, conv) for conv in model.head.convs]
+    weights = [writer.store(pack(conv.weight.detach().double().flatten(1).cpu())) for conv in convs]
+    biases = [writer.store(cast(Tensor, conv.bias).detach().cpu()) for conv in convs]
+    parts = tuple(tuple(keypoints) for keypoints in model.config.part_table.values())
+    depth = model.head.vector_dim
+    writer.steps.append(Head(depth, tuple(heads), tuple(weights), tuple(biases), parts))

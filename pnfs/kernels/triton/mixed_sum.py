@@ -28,10 +28,10 @@ from torch import Tensor
 from pnfs.kernels.triton import OPTIONS
 from pnfs.kernels.triton.aot import Variant
 
-NUM_WARPS, NUM_WARPS_MERGE = 4, 8
+NUM_WARPS, NUM_WARPS_MERGE = 4, 4
 WIDTHS = (32, 16)  # channels of a program: whole sectors of memory, and few sums to merge
-WIDTH_MERGE = 128
-TILE, TILE_MERGE = 1024, 4096  # elements that a program holds, at most
+WIDTH_MERGE = 64
+TILE, TILE_MERGE = 1024, 1024  # elements that a program holds, at most
 # Programs of a backward pass, roughly: enough to fill a GPU, few enough to leave few sums.
 PROGRAMS = 1024
 

@@ -1,0 +1,187 @@
+"""Turns bench/results/*.json into docs/performance.md with bar charts.
+
+    pytest bench/ && python bench/report.py
+
+Of several results of one device the newest counts. Nothing is typed by hand: a figure that no file
+holds does not appear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
+WHOLE = ("training step", "evaluation", "photographs to keypoints")
+OURS, OTHERS = "#1f6f8b", "#b9c4c9"
+
+Row = dict[str, Any]
+
+
+def newest(folder: Path) -> list[dict[str, Any]]:
+    """The newest result file of every device, by name of device."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = found.get(content["device"])
+        if known is None or known["date"] < content["date"]:
+            found[content["device"]] = content
+    return [found[device] for device in sorted(found)]
+
+
+def is_whole(row: Row) -> bool:
+    return row["op"] in WHOLE
+
+
+def milliseconds(microseconds: float) -> str:
+    value = microseconds / 1e3
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def limit(row: Row) -> str:
+    """Achieved rate and share of the roof that is nearer."""
+    flops = row.get("percent_of_fma") or 0
+    if flops > row["percent_of_copy"]:
+        return f"{row['gflop_s']:.0f} GFLOP/s, {flops:.0f} %"
+    return f"{row['gb_s']:.1f} GB/s, {row['percent_of_copy']:.0f} %"
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| what | case | backend | ms | p20 to p80 | rate, % of roof | times longer, same run |",
+        "|---|---|---|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        time = row["time"]
+        ratios = ", ".join(f"{name} {value:.2f}" for name, value in row["ratio"].items())
+        cells = (
+            row["op"],
+            row["case"],
+            row["backend"],
+            milliseconds(time["median_us"]),
+            f"{milliseconds(time['p20_us'])} to {milliseconds(time['p80_us'])}",
+            limit(row),
+            ratios or "–",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def chart_whole(rows: Sequence[Row], path: Path) -> None:
+    """Images per second of every way, one panel per case."""
+    figure, panels = plt.subplots(
+        len(rows), 1, figsize=(8, sum(0.9 + 0.32 * len(r["against"]) for r in rows)),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for panel, row in zip(panels[:, 0], rows, strict=True):
+        times = {name: other["median_us"] for name, other in row["against"].items()}
+        times["pnfs"] = row["time"]["median_us"]
+        names = sorted(times, key=lambda name: -times[name])
+        rates = [row["images"] * 1e6 / times[name] for name in names]
+        bars = panel.barh(names, rates, color=[OURS if n == "pnfs" else OTHERS for n in names])
+        panel.bar_label(bars, [f"{rate:.3g}" for rate in rates], padding=3, fontsize=8)
+        panel.set_title(f"{row['op']}: {row['case']}", fontsize=9, loc="left")
+        panel.set_xlabel("images per second", fontsize=8)
+        finish(panel, max(rates))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def chart_ops(rows: Sequence[Row], path: Path) -> None:
+    """How many times longer the reference and its compiled form take; 1 is ours."""
+    figure, panel = plt.subplots(figsize=(8, 0.8 + 0.42 * len(rows)), layout="constrained")
+    ways = [("torch", OTHERS, "reference"), ("compile", "#7f9aa3", "torch.compile of it")]
+    height = 0.38
+    largest = 1.0
+    for index, (way, colour, label) in enumerate(ways):
+        places = [i + (index - 0.5) * height for i, row in enumerate(rows) if way in row["ratio"]]
+        values = [row["ratio"][way] for row in rows if way in row["ratio"]]
+        bars = panel.barh(places, values, height, color=colour, label=label)
+        panel.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=7)
+        largest = max([largest, *values])
+    panel.axvline(1, color=OURS, linewidth=1.5, label="pnfs")
+    names = [f"{row['op']}  {row['case']}" for row in rows]
+    panel.set_yticks(range(len(rows)), names, fontsize=7)
+    panel.invert_yaxis()
+    panel.set_xlabel("times longer than pnfs", fontsize=8)
+    panel.legend(fontsize=8, frameon=False, loc="lower right")
+    finish(panel, largest)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def finish(panel: Any, largest: float) -> None:
+    panel.set_xlim(0, 1.12 * largest)
+    panel.tick_params(labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def section(content: dict[str, Any], images: Path) -> list[str]:
+    """The text of one device; draws its charts."""
+    rows: list[Row] = content["results"]
+    key = re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    lines = [
+        f"## {content['device']}",
+        "",
+        f"{content['threads']} threads, commit `{content['commit']}`, {content['date'][:10]}; "
+        f"{versions}. Measured roofs: copy {content['copy_gb_s']:.0f} GB/s, "
+        f"float32 multiply-add {content['fma_gflop_s']:.0f} GFLOP/s.",
+        "",
+    ]
+    for title, chosen, draw in (
+        ("Whole models", [row for row in rows if is_whole(row)], chart_whole),
+        ("Ops", [row for row in rows if not is_whole(row)], chart_ops),
+    ):
+        if chosen:
+            picture = images / f"speed-{key}-{title.split()[0].lower()}.png"
+            draw(chosen, picture)
+            lines += [f"### {title}", "", *table(chosen), ""]
+            lines += [f"![{title} on {content['device']}](images/{picture.name})", ""]
+    return lines
+
+
+HEAD = """# Performance
+
+Written by `python bench/report.py` from `bench/results/`; `pytest bench/` measures. Every output was
+compared with the float64 reference before it was timed. Times are medians over rounds in which all
+ways ran in turn, ratios medians of the rounds' ratios: above 1, pnfs is that many times faster.
+`torch` is the op's plain PyTorch reference, `compile` torch.compile of it; `eager`, `channels-last`
+and `folded` are the published network as plain modules (`bench/plain_model.py`). Rates count the
+bytes that must at least move, or the multiply-adds that the model needs, against the roof that is
+nearer; small maps stay in the caches and pass 100 % of the memory's. The heap is kept for every
+contestant (`pnfs.runtime.keep_heap`), as `pnfs train`, `eval` and `predict` do.
+"""
+
+
+def write_report(results: Path = RESULTS, docs: Path = DOCS) -> Path:
+    """Write docs/performance.md and its charts; returns its path.
+
+    Raises:
+        SystemExit: there is no result.
+    """
+    contents = newest(results)
+    if not contents:
+        raise SystemExit(f"error: {results} holds no results; run pytest bench/ first")
+    (docs / "images").mkdir(parents=True, exist_ok=True)
+    lines = [HEAD]
+    for content in contents:
+        lines += section(content, docs / "images")
+    path = docs / "performance.md"
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    print(write_report())

@@ -1,0 +1,62 @@
+"""bench/report.py: the newest result of each device becomes tables and charts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+REPORT = Path(__file__).resolve().parents[1] / "bench" / "report.py"
+
+
+@pytest.fixture(scope="module")
+def report() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("report", REPORT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(op: str, median: float, **ratio: float) -> dict[str, Any]:
+    def time(value: float) -> dict[str, float]:
+        return {"median_us": value, "p20_us": value, "p80_us": value}
+
+    return {
+        "op": op, "case": "a case", "backend": "cpp", "time": time(median), "images": 8,
+        "gb_s": 20.0, "percent_of_copy": 50.0, "gflop_s": 300.0, "percent_of_fma": 75.0,
+        "against": {name: time(median * value) for name, value in ratio.items()}, "ratio": ratio,
+    }  # fmt: skip
+
+
+def write(folder: Path, date: str, rows: list[dict[str, Any]]) -> None:
+    content = {
+        "device": "A CPU", "threads": 2, "versions": {"torch": "2"}, "commit": "abc",
+        "date": date, "copy_gb_s": 40.0, "fma_gflop_s": 400.0, "results": rows,
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / f"{date}.json").write_text(json.dumps(content))
+
+
+def test_the_newest_results_become_tables_and_charts(report: ModuleType, tmp_path: Path) -> None:
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    write(results, "2026-01-01", [row("mixed_sum", 9e3, torch=9.0)])
+    rows = [row("evaluation", 2e4, eager=4.0), row("mixed_sum", 1e3, torch=3.0, compile=1.75)]
+    write(results, "2026-02-01", rows)
+    text = report.write_report(results, docs).read_text()
+    assert "2026-02-01" in text and "2026-01-01" not in text
+    assert (
+        "| mixed_sum | a case | cpp | 1 | 1 to 1 | 300 GFLOP/s, 75 % | torch 3.00, compile 1.75 |"
+        in text
+    )
+    for name in ("speed-a-cpu-whole.png", "speed-a-cpu-ops.png"):
+        assert f"images/{name}" in text and (docs / "images" / name).stat().st_size > 5000
+
+
+def test_no_results_are_one_line(report: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="holds no results; run pytest bench/ first"):
+        report.write_report(tmp_path, tmp_path)

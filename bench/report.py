@@ -153,8 +153,8 @@ def section(content: dict[str, Any], images: Path) -> list[str]:
 
 HEAD = """# Performance
 
-Written by `python bench/report.py` from `bench/results/`; `pytest bench/` measures. Every output was
-compared with the float64 reference before it was timed. Times are medians over rounds in which all
+Written by `python bench/report.py` from `bench/results/`; `pytest bench/` measures. Every output
+was compared with the float64 reference before it was timed. Times are medians over rounds in which all
 ways ran in turn, ratios medians of the rounds' ratios: above 1, pnfs is that many times faster.
 `torch` is the op's plain PyTorch reference, `compile` torch.compile of it; `eager`, `channels-last`
 and `folded` are the published network as plain modules (`bench/plain_model.py`). Rates count the

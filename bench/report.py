@@ -154,13 +154,14 @@ def section(content: dict[str, Any], images: Path) -> list[str]:
 HEAD = """# Performance
 
 Written by `python bench/report.py` from `bench/results/`; `pytest bench/` measures. Every output
-was compared with the float64 reference before it was timed. Times are medians over rounds in which all
-ways ran in turn, ratios medians of the rounds' ratios: above 1, pnfs is that many times faster.
+was compared with the float64 reference before it was timed. Times are medians over rounds in which
+all ways ran in turn, ratios medians of the rounds' ratios: above 1, pnfs is that many times faster.
 `torch` is the op's plain PyTorch reference, `compile` torch.compile of it; `eager`, `channels-last`
 and `folded` are the published network as plain modules (`bench/plain_model.py`). Rates count the
 bytes that must at least move, or the multiply-adds that the model needs, against the roof that is
-nearer; small maps stay in the caches and pass 100 % of the memory's. The heap is kept for every
-contestant (`pnfs.runtime.keep_heap`), as `pnfs train`, `eval` and `predict` do.
+nearer; small maps stay in the caches and pass 100 % of the memory's, and an evaluation pass that of
+the multiply-adds where folding has made some needless. The heap is kept for every contestant
+(`pnfs.runtime.keep_heap`), as `pnfs train`, `eval` and `predict` do.
 """
 
 

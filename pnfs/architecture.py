@@ -27,10 +27,9 @@ def mixing_weights(logits: Tensor) -> Tensor:
     return logits.softmax(dim=-1)
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of each mix: softmax over the last axis, which the result lacks."""
-    log_p = logits.log_softmax(dim=-1)
-    return -(log_p.exp() * log_p).sum(dim=-1)
+def entropy(weights: Tensor) -> Tensor:
+    """Entropy in nats of each mix, whose weights are on the last axis, which the result lacks."""
+    return torch.special.entr(weights).sum(dim=-1)
 
 
 @torch.no_grad()

@@ -118,7 +118,11 @@ def train(
     data: Data = None,
     strategy: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="How α and β are found: none, random or sync (default)."),
+        typer.Option(
+            metavar="NAME",
+            help="How α and β are found: none, random, sync (default), first-order, second-order "
+            "or gumbel; see docs/search.md.",
+        ),
     ] = None,
     settings: Override = None,
     out: Annotated[

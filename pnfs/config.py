@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pnfs.errors import PnfsError, did_you_mean
+from pnfs.sections import AugmentConfig as AugmentConfig  # all sections are importable from here
+from pnfs.sections import DataConfig, EvalProfile, SearchConfig, Section
+from pnfs.sections import SyntheticConfig as SyntheticConfig
 from pnfs.skeleton import Parts, Skeleton, get_skeleton
 
 OPERATIONS = ("zero", "skip", "separable", "atrous", "avg_pool", "max_pool")
 Profile = Literal["paper", "posenfs"]
-EvalProfile = Literal["standard", "posenfs"]
 Precision = Literal["fp32", "bf16", "fp16"]
 BackboneName = Literal[
     "mobilenet_v2",
@@ -35,11 +37,7 @@ BackboneName = Literal[
 ]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class _Fabric(_Section):
+class _Fabric(Section):
     """What a fabric backbone and the part fabrics have in common."""
 
     layers: int = Field(6, ge=1, le=32)
@@ -100,14 +98,14 @@ FABRIC_BACKBONES: dict[str, FabricBackboneConfig] = {  # Table VIII
 }
 
 
-class BranchnetConfig(_Section):
+class BranchnetConfig(Section):
     """The hand-designed branch of Table VI: 1×1 to `width`, then `blocks` residual bottlenecks."""
 
     width: int = Field(400, ge=4)
     blocks: int = Field(8, ge=1)
 
 
-class DroppedConfig(_Section):
+class DroppedConfig(Section):
     """Mixing weights of one fabric that pruning holds at zero: [part, edge, operation] of α and
     [part, cell, parallel | above | below] of β."""
 
@@ -115,14 +113,14 @@ class DroppedConfig(_Section):
     inputs: tuple[tuple[str, str, str], ...] = ()
 
 
-class PruningConfig(_Section):
+class PruningConfig(Section):
     """What `pnfs prune` removed; the only part of a fabric backbone is named `backbone`."""
 
     fabric: DroppedConfig = DroppedConfig()
     backbone: DroppedConfig = DroppedConfig()
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Everything that decides a model's structure and keys.
 
     `family` picks the model: `pnfs` (backbone → P part fabrics → vector head), or one of the
@@ -195,45 +193,7 @@ class ModelConfig(_Section):
         )
 
 
-class AugmentConfig(_Section):
-    """Training augmentation; angles in degrees, probabilities in [0, 1]."""
-
-    scale: float = Field(0.3, ge=0, lt=1)
-    rotation: float = Field(45.0, ge=0, le=180)
-    rotation_probability: float = Field(0.6, ge=0, le=1)
-    flip_probability: float = Field(0.5, ge=0, le=1)
-    half_body_probability: float = Field(0.0, ge=0, le=1)
-    half_body_min_keypoints: int = Field(8, ge=2)
-
-
-class SyntheticConfig(_Section):
-    """Size of the rendered dataset: images, not people (each image holds 1 to `max_people`)."""
-
-    train_images: int = Field(300, ge=1)
-    val_images: int = Field(100, ge=1)
-    max_people: int = Field(3, ge=1, le=8)
-    image_size: tuple[int, int] = (240, 320)
-    seed: int = Field(0, ge=0)
-
-
-class DataConfig(_Section):
-    """Where people come from. `root` is the dataset's folder; splits default to the dataset's own
-    names (COCO train2017/val2017, MPII train/valid, synthetic train/val)."""
-
-    dataset: Literal["synthetic", "coco", "mpii"] = "synthetic"
-    root: str | None = None
-    train_split: str | None = None
-    val_split: str | None = None
-    boxes: str | None = None  # file with detected boxes for evaluation; None = ground-truth boxes
-    box_score_threshold: float = Field(0.0, ge=0, le=1)
-    profile: EvalProfile = "standard"  # colours and box rules, as in `eval.profile`
-    sigma: float = Field(2.0, gt=0)  # of the Gaussian target, in score-map pixels
-    workers: int = Field(2, ge=0, le=64)
-    augment: AugmentConfig = AugmentConfig()
-    synthetic: SyntheticConfig = SyntheticConfig()
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The optimisation. `batch_size` is per process and step; `lr_steps` are epochs."""
 
     weights: str | None = None  # a run or .safetensors of the same model to start from
@@ -256,15 +216,7 @@ class TrainConfig(_Section):
     tensorboard: bool = False
 
 
-class SearchConfig(_Section):
-    """How α and β are found. `none` leaves them at their start (uniform), `random` draws them from
-    N(0, 1) by `seed` and freezes them, `sync` trains them with the weights' optimiser."""
-
-    strategy: Literal["none", "sync", "random", "first-order", "second-order", "gumbel"] = "sync"
-    seed: int = Field(0, ge=0)
-
-
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """How poses are decoded and scored."""
 
     profile: EvalProfile = "standard"
@@ -276,7 +228,7 @@ class EvalConfig(_Section):
     )  # keypoint scores above it make the pose score
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run. `preset` records which preset it came from, if any."""
 
     preset: str | None = None

@@ -88,6 +88,17 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return cast(list[float], total.tolist())
 
 
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace `tensors` (of one dtype and device) by their means over all ranks, in place."""
+    if world() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world()
+    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view(tensor.shape))
+
+
 class _GatheredStatistics(torch.autograd.Function):
     """Mean and biased variance, (P, C) or (C,), of this process → those over all processes."""
 

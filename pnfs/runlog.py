@@ -22,6 +22,7 @@ from pnfs.checkpoint import MODEL, is_run
 from pnfs.config import Config, dump_config, load_config
 from pnfs.errors import PnfsError
 from pnfs.info import package_versions
+from pnfs.search import ARCHITECTURE
 from pnfs.statefile import is_unfinished, reason, sync_folder, write_json, write_text
 
 CONFIG, RUN, METRICS, LOCK = "config.yaml", "run.json", "metrics.jsonl", ".lock"
@@ -64,7 +65,7 @@ def open_run(out: Path, *, resume: bool, overwrite: bool) -> IO[str]:
 
 def discard_run(out: Path) -> None:
     """Remove what a run wrote into `out`, and nothing else."""
-    for name in (CONFIG, RUN, METRICS, MODEL):
+    for name in (CONFIG, RUN, METRICS, MODEL, ARCHITECTURE):
         (out / name).unlink(missing_ok=True)
     for folder in ("checkpoints", "tensorboard"):
         shutil.rmtree(out / folder, ignore_errors=True)

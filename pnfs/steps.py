@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,8 @@ class Stepper:
         """Calls `strategy.prepare`; the model must be on `device` already."""
         self.config, self.model, self.strategy, self.device = config, model, strategy, device
         groups = strategy.prepare(model)
-        by_decay = [(groups.weights, config.train.weight_decay), (groups.architecture, 0.0)]
+        decay = config.train.weight_decay, config.search.weight_decay or 0.0
+        by_decay = list(zip((groups.weights, groups.architecture), decay, strict=True))
         self.optimizer = torch.optim.Adam(
             [{"params": params, "weight_decay": decay} for params, decay in by_decay if params],
             lr=config.train.lr,
@@ -143,39 +144,101 @@ class Stepper:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The training loss of a batch that is on the device, with its graph."""
-        config = self.config
+    def loss(self, batch: Batch, module: nn.Module | None = None) -> Tensor:
+        """The training loss of a batch that is on the device, with its graph.
+
+        Args:
+            module: what to call; default `loss_module`, through which gradients are exchanged.
+        """
+        config, module = self.config, module or self.loss_module
         images = batch.images(
             size=config.model.input_size, profile=config.data.profile, dtype=self.dtype
         )
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss: Tensor = self.loss_module(images, batch.joints, batch.weights)
+            loss: Tensor = module(images, batch.joints, batch.weights)
         return loss
 
+    def gradients(
+        self, batches: Sequence[Batch], parameters: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Gradients of the mean training loss over `batches` of all ranks; see `StepContext`.
+
+        Batches are normalised with their own statistics; the running ones, which are for the
+        weights' batches alone, are put back afterwards.
+        """
+        wrapped = isinstance(self.loss_module, DistributedDataParallel)
+        module = cast(nn.Module, self.loss_module.module) if wrapped else self.loss_module
+        scale = self.scaler.get_scale()  # 1 but for fp16
+        flags = [parameter.requires_grad for parameter in parameters]
+        buffers = [buffer.clone() for buffer in self.buffers]
+        sums: list[Tensor | None] = [None] * len(parameters)
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            for batch in batches:
+                loss = self.loss(batch, module) * (scale / len(batches))
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                sums = [
+                    new if old is None else old if new is None else old + new
+                    for old, new in zip(sums, found, strict=True)
+                ]
+        finally:
+            torch._foreach_copy_(self.buffers, buffers)
+            for parameter, flag in zip(parameters, flags, strict=True):
+                parameter.requires_grad_(flag)
+        sums = [None if g is None else g / scale if scale != 1 else g.clone() for g in sums]
+        distributed.average_over_ranks([g for g in sums if g is not None])
+        return sums
+
     def step(
-        self, batches: Iterable[Batch], count: int, *, index: int, total: int, learning_rate: float
+        self,
+        batches: Iterable[Batch],
+        count: int,
+        *,
+        index: int,
+        total: int,
+        learning_rate: float,
+        architecture_rate: float | None = None,
+        held: Callable[[], Batch] | None = None,
     ) -> StepResult:
         """Take `count` batches of this process and make one step of the optimiser.
 
         Args:
             batches: an iterator; its last batch may be the `count`-th.
             index: steps before this one. total: of the run.
+            architecture_rate: learning rate of α and β; default that of the weights.
+            held: the next batch for α and β, where the strategy has people for them.
         """
-        started, waited, images = time.monotonic(), 0.0, 0
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        context = StepContext(index, total, learning_rate, self.optimizer, self.loss)
+        rate = learning_rate if architecture_rate is None else architecture_rate
+        started = time.monotonic()
+        source = iter(batches)
+        taken_batches = [next(source).to(self.device) for _ in range(count)]
+        waited, images = time.monotonic() - started, sum(map(len, taken_batches))
+        self._set_rates(learning_rate, rate)
+
+        def next_held() -> Batch:
+            nonlocal waited
+            assert held is not None
+            asked = time.monotonic()
+            batch = held().to(self.device)
+            waited += time.monotonic() - asked
+            return batch
+
+        context = StepContext(
+            index,
+            total,
+            learning_rate,
+            rate,
+            self.optimizer,
+            taken_batches,
+            next_held,
+            self.gradients,
+        )
         self.strategy.before_step(context)
         torch._foreach_copy_(self.buffers_before, self.buffers)
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
-        source = iter(batches)
-        for i in range(count):
-            asked = time.monotonic()
-            batch = next(source).to(self.device)
-            waited += time.monotonic() - asked
-            images += len(batch)
+        for i, batch in enumerate(taken_batches):
             with self._exchange(last=i + 1 == count):
                 part = self.loss(batch) / count
                 self.scaler.scale(part).backward()
@@ -183,8 +246,9 @@ class Stepper:
         total_loss, images_of_all = distributed.sum_over_ranks(
             [loss.item(), float(images)], self.device
         )
+        self.scaler.unscale_(self.optimizer)
+        self.strategy.after_backward(context)
         taken = self._update(finite_loss=math.isfinite(total_loss))
-        self.strategy.after_step(context)
         return StepResult(
             loss=total_loss / distributed.world(),
             taken=taken,
@@ -192,6 +256,14 @@ class Stepper:
             data_seconds=waited,
             compute_seconds=time.monotonic() - started - waited,
         )
+
+    def _set_rates(self, weights: float, architecture: float) -> None:
+        """α and β, the second group if there is one, stand still once their search is over."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = weights
+        if len(self.optimizer.param_groups) > 1:
+            stopped = self.strategy.stopped_at is not None
+            self.optimizer.param_groups[1]["lr"] = 0.0 if stopped else architecture
 
     def _exchange(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients travel with the last of the accumulated batches only."""
@@ -201,7 +273,6 @@ class Stepper:
 
     def _update(self, *, finite_loss: bool) -> bool:
         """Clip and step, or undo the running statistics; ranks see equal gradients and agree."""
-        self.scaler.unscale_(self.optimizer)
         limit = self.config.train.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(self.trained, limit or math.inf)
         taken = finite_loss and math.isfinite(norm.item())

@@ -32,15 +32,16 @@ from pnfs.checkpoint import (
     set_random_state,
 )
 from pnfs.config import Config
-from pnfs.data import Batch, PeopleDataset, load_people, make_loader
+from pnfs.data import Batch
+from pnfs.data.training import TrainingData
 from pnfs.errors import PnfsError
 from pnfs.evaluation import evaluate
 from pnfs.evaluation.pckh import PCKH_10, PCKH_50
 from pnfs.model import build_model
 from pnfs.runlog import Metrics, Screen, discard_run, open_run, write_record
 from pnfs.runtime import StoppedBySignal, StopSignals, select_device
-from pnfs.schedule import learning_rate
-from pnfs.search import build_strategy
+from pnfs.schedule import architecture_learning_rate, learning_rate
+from pnfs.search import ARCHITECTURE, Monitor, build_strategy, find_fabrics, save_architecture
 from pnfs.statefile import read_tensors
 from pnfs.steps import Clock, Stepper
 
@@ -144,8 +145,12 @@ class _Trainer:
         self.resume = resume
         self.rank, self.world = distributed.rank(), distributed.world()
         self.strategy = build_strategy(config)
-        self.people, self.held_out = self._read_people()
-        self.loader = make_loader(self.people, config, train=True, rank=self.rank, world=self.world)
+        self.data = TrainingData(config)
+        self.loader, self.people, self.held_out = (
+            self.data.loader,
+            self.data.people,
+            self.data.held_out,
+        )
         self.steps_per_epoch = -(-len(self.loader) // config.train.accumulate)
         self.total_steps = self.steps_per_epoch * config.train.epochs
 
@@ -161,6 +166,7 @@ class _Trainer:
             self._load_start()
         self.stepper.connect()
 
+        self.monitor = Monitor(self.model)
         self.clock = Clock()
         self.signals = StopSignals()
         self.last_metrics: dict[str, float] = {}
@@ -173,16 +179,6 @@ class _Trainer:
             load_weights(self.model, read_tensors(path), where=f"train.weights {path}")
         elif backbone:
             load_backbone_weights(self.model.backbone, backbone)  # type: ignore[arg-type]
-
-    def _read_people(self) -> tuple[PeopleDataset, PeopleDataset]:
-        """Train and val split; rank 0 first, so that synthetic people are rendered once."""
-        if self.rank:
-            distributed.barrier()
-        data, skeleton = self.config.data, self.config.model.skeleton_table
-        people = load_people(data, skeleton, "train"), load_people(data, skeleton, "val")
-        if not self.rank:
-            distributed.barrier()
-        return people
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -279,10 +275,20 @@ class _Trainer:
         progress = self.progress
         rate = learning_rate(self.config.train, progress.step, self.steps_per_epoch)
         result = self.stepper.step(
-            batches, count, index=progress.step, total=self.total_steps, learning_rate=rate
+            batches,
+            count,
+            index=progress.step,
+            total=self.total_steps,
+            learning_rate=rate,
+            architecture_rate=architecture_learning_rate(
+                self.config, progress.step, self.steps_per_epoch
+            ),
+            held=self.data.held,
         )
         progress.step += 1
-        for problem in self.loader.new_problems():
+        if progress.step % self.config.search.log_every == 0:
+            self._watch_architecture()
+        for problem in self.data.new_problems():
             self.screen.line(f"left out: {problem}")
         self.clock.add(result)
         if result.taken:
@@ -316,6 +322,20 @@ class _Trainer:
             return self.signals.name or "a signal to another rank"
         return "stop_at" if self.progress.step == stop_at else None
 
+    def _watch_architecture(self) -> None:
+        """A row about α and β, and the rule against a collapse to skip; all ranks decide alike."""
+        step, strategy = self.progress.step, self.strategy
+        if self.metrics is not None and self.monitor.fabrics:
+            heat = strategy.temperature(step - 1, self.total_steps)
+            row = {"step": step, "epoch": self.loader.epoch, "temperature": heat}
+            self.metrics.write("search", {**row, **self.monitor.row()})
+        limit, share = self.config.search.stop_at_skip, self.monitor.share("skip")
+        if limit is not None and share is not None and share > limit and not strategy.stopped_at:
+            strategy.stop(step)
+            self.screen.line(
+                f"α and β are frozen from step {step} on: skip has {share:.2f} of the mixes"
+            )
+
     # -- evaluation, metrics, checkpoints ----------------------------------------------------------
 
     def _evaluate(self, epoch: int) -> bool:
@@ -346,6 +366,9 @@ class _Trainer:
             if not self.rank:
                 facts = {"step": progress.step, "epoch": epoch, "metrics": metrics}
                 save_weights(self.out / MODEL, self.model, self.config, facts)
+                if find_fabrics(self.model):
+                    source = {"run": str(self.out), "strategy": self.strategy.name, **facts}
+                    save_architecture(self.model, self.out / ARCHITECTURE, source)
         shown = "  ".join(
             f"{key} {value:.4g}" for key, value in metrics.items() if key in SHOWN_METRICS
         )
@@ -368,7 +391,7 @@ class _Trainer:
                     "loss": mean,
                     "lr": learning_rate(self.config.train, progress.step - 1, self.steps_per_epoch),
                     "skipped_steps": progress.skipped_steps,
-                    "skipped_samples": self.loader.skipped,
+                    "skipped_samples": self.data.skipped,
                     **self.clock.rates(),
                 },
             )
@@ -381,7 +404,7 @@ class _Trainer:
             return
         training = {
             "progress": asdict(self.progress),
-            "data": self.loader.state(),
+            "data": self.data.state(),
             "stepper": self.stepper.state_dict(),
             "strategy": self.strategy.state_dict(),
             "random": random_state(),
@@ -407,7 +430,7 @@ class _Trainer:
         self.stepper.load_state_dict(state["stepper"])
         self.strategy.load_state_dict(state["strategy"])
         set_random_state(state["random"])
-        self.loader.load_state(state["data"])
+        self.data.load_state(state["data"])
         self.progress = Progress(**state["progress"])
         self.metrics_position = state["metrics_position"]
         self.resumed_from = checkpoint.path

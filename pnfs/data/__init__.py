@@ -7,7 +7,7 @@ from pathlib import Path
 from pnfs.config import DataConfig
 from pnfs.data import coco, mpii, synthetic
 from pnfs.data.batch import Batch
-from pnfs.data.loader import Loader, make_loader
+from pnfs.data.loader import Loader, make_loader, split_half
 from pnfs.data.records import PeopleDataset, Person
 from pnfs.errors import PnfsError
 from pnfs.skeleton import Skeleton
@@ -20,6 +20,7 @@ __all__ = [
     "default_split",
     "load_people",
     "make_loader",
+    "split_half",
     "synthetic_root",
 ]
 

@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.context import BaseContext
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import cv2
 import numpy as np
@@ -26,7 +26,8 @@ from pnfs.errors import PnfsError
 
 __all__ = ["Batch", "Loader", "make_loader"]
 
-Item = tuple[int, int]  # epoch, index into the people
+Item = tuple[int, int]  # epoch (or round, see ShardedSampler), index into the people
+Half = Literal["weights", "architecture"]
 MAX_NAMED = 20  # broken samples that are named one by one; the rest are only counted
 
 
@@ -38,12 +39,23 @@ class ShardedSampler(Sampler[list[Item]]):
     global batch is dropped. Fewer people than one global batch make a single smaller one.
     Evaluation: each person once, in order; process `rank` takes every `world`-th. `consumed` counts
     people of all processes and only matters to training.
+
+    With `chosen`, an epoch is as long as without and goes round the chosen people as often as that
+    takes, in a new order each time; the item's epoch then counts the rounds.
     """
 
     def __init__(
-        self, count: int, batch_size: int, seed: int, train: bool, rank: int, world: int
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        train: bool,
+        rank: int,
+        world: int,
+        chosen: np.ndarray | None = None,
     ) -> None:
         self.count, self.train, self.seed, self.rank, self.world = count, train, seed, rank, world
+        self.chosen = np.arange(count) if chosen is None else chosen
         self.batch_size = min(batch_size, count // world) if train else batch_size
         self.epoch, self.consumed = 0, 0
 
@@ -69,10 +81,15 @@ class ShardedSampler(Sampler[list[Item]]):
             for start in range(0, len(own), self.batch_size):
                 yield [(epoch, index) for index in own[start : start + self.batch_size]]
             return
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        generator = np.random.default_rng([self.seed, epoch])
+        rounds = math.ceil(self.count / len(self.chosen))
+        order = np.concatenate([generator.permutation(self.chosen) for _ in range(rounds)])
         for start in self.starts():
             first = start + self.rank * self.batch_size
-            yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
+            yield [
+                (epoch * rounds + place // len(self.chosen), int(order[place]))
+                for place in range(first, first + self.batch_size)
+            ]
 
 
 class _Samples(Dataset[Any]):
@@ -250,6 +267,21 @@ class Loader:
             )
 
 
+def split_half(dataset: PeopleDataset, half: Half, seed: int) -> np.ndarray:
+    """Indices of the people in one of two halves, by `seed`. No image has people in both.
+
+    Raises:
+        PnfsError: fewer than two images with people.
+    """
+    images = sorted({str(person.image_path) for person in dataset.people})
+    if len(images) < 2:
+        raise PnfsError(f"{dataset.source}: one image cannot be split between weights and α, β")
+    order = np.random.default_rng(seed).permutation(len(images))
+    mine = order[::2] if half == "weights" else order[1::2]
+    names = {images[i] for i in mine}
+    return np.array([i for i, p in enumerate(dataset.people) if str(p.image_path) in names])
+
+
 def make_loader(
     dataset: PeopleDataset,
     cfg: Config,
@@ -258,6 +290,7 @@ def make_loader(
     seed: int | None = None,
     rank: int = 0,
     world: int = 1,
+    half: Half | None = None,
 ) -> Loader:
     """Batches of `dataset`, ready to iterate.
 
@@ -267,6 +300,8 @@ def make_loader(
     Args:
         seed: of order and augmentation; default `train.seed`.
         rank, world: this process and how many there are.
+        half: of the people only those on whom the weights, or α and β, are trained (`split_half`).
+            An epoch has as many batches as with all people.
 
     Raises:
         PnfsError: fewer people than processes, or too many broken annotations.
@@ -284,7 +319,8 @@ def make_loader(
         seed,
     )
     batch_size = cfg.train.batch_size if train else cfg.eval.batch_size
-    sampler = ShardedSampler(len(dataset), batch_size, seed, train, rank, world)
+    chosen = None if half is None else split_half(dataset, half, cfg.search.seed)
+    sampler = ShardedSampler(len(dataset), batch_size, seed, train, rank, world, chosen)
     return Loader(
         dataset,
         maker,

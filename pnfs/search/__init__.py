@@ -1,5 +1,8 @@
-"""How α and β are found: the strategies of `search.strategy`, one registry."""
+"""How α and β are found: the strategies of `search.strategy`, and architectures as files."""
 
+from pnfs.search.files import ARCHITECTURE, load_architecture, save_architecture
+from pnfs.search.macs import expected_macs, find_fabrics
+from pnfs.search.monitor import Monitor
 from pnfs.search.strategies import (
     STRATEGIES,
     ParameterGroups,
@@ -8,4 +11,16 @@ from pnfs.search.strategies import (
     build_strategy,
 )
 
-__all__ = ["STRATEGIES", "ParameterGroups", "StepContext", "Strategy", "build_strategy"]
+__all__ = [
+    "ARCHITECTURE",
+    "STRATEGIES",
+    "Monitor",
+    "ParameterGroups",
+    "StepContext",
+    "Strategy",
+    "build_strategy",
+    "expected_macs",
+    "find_fabrics",
+    "load_architecture",
+    "save_architecture",
+]

@@ -6,23 +6,29 @@ The training loop knows strategies only through `Strategy`; α and β are those 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pnfs.architecture import randomize_
 from pnfs.config import Config
 from pnfs.errors import PnfsError, did_you_mean
+from pnfs.search.files import load_architecture
+from pnfs.search.macs import expected_macs
 
 
 @dataclass(frozen=True)
 class ParameterGroups:
     """What the weights' optimiser trains. `architecture` is empty where α, β are not in it.
 
-    Weight decay holds for `weights` alone: pulling logits to zero would pull mixes to uniform.
+    `train.weight_decay` holds for `weights` alone: pulling logits to zero would pull mixes to
+    uniform. α and β have `search.weight_decay`.
     """
 
     weights: list[nn.Parameter]
@@ -37,21 +43,32 @@ class StepContext:
         step: optimiser steps taken before this one.
         total_steps: of the whole run.
         learning_rate: of the weights in this step.
+        architecture_rate: of α and β.
         optimizer: the weights' optimiser.
-        loss: the training loss of a batch under the present weights, α and β, with its graph.
+        batches: those of this step, on the device.
+        held: the next batch of the people kept for α and β, on the device.
+        gradients: (batches, parameters) → their gradients of the mean training loss over the
+            batches of all ranks, None where the loss does not depend on one. It leaves `.grad` and
+            the running statistics as they were.
     """
 
     step: int
     total_steps: int
     learning_rate: float
+    architecture_rate: float
     optimizer: Optimizer
-    loss: Callable[[Any], Tensor]
+    batches: Sequence[Any]
+    held: Callable[[], Any]
+    gradients: Callable[[Sequence[Any], Sequence[Tensor]], list[Tensor | None]]
 
 
 class Strategy:
     """The base: α and β stay as they are. Subclasses override what they need.
 
     Every method is called on every rank, in the same order, with equal parameters.
+
+    Attributes:
+        stopped_at: the step after which α and β were frozen (see `stop`), or None.
     """
 
     name: ClassVar[str] = "none"
@@ -60,14 +77,20 @@ class Strategy:
         self.config = config
         self.model: nn.Module | None = None
         self.architecture: list[nn.Parameter] = []
+        self.stopped_at: int | None = None
 
     def prepare(self, model: nn.Module) -> ParameterGroups:
         """Set α and β to their start, decide which are frozen, and say what the optimiser trains.
 
         Called once, with the model on its device, before a checkpoint (if any) is loaded.
+
+        Raises:
+            PnfsError: `search.architecture` cannot be read or is of another topology.
         """
         self.model = model
         self.architecture = list(model.architecture_parameters())  # type: ignore[operator]
+        if self.config.search.architecture is not None:
+            load_architecture(model, self.config.search.architecture)
         for parameter in self.architecture:
             parameter.requires_grad_(False)
         return ParameterGroups(self._weights(model))
@@ -75,24 +98,49 @@ class Strategy:
     def before_step(self, context: StepContext) -> None:
         """Before the gradients of a weights step: a strategy's own step is taken here."""
 
-    def after_step(self, context: StepContext) -> None:
-        """After a weights step."""
+    def after_backward(self, context: StepContext) -> None:
+        """When every `.grad` is complete, before clipping and the step."""
+
+    def stop(self, step: int) -> None:
+        """Freeze α and β as they are after `step`; the weights train on."""
+        self.stopped_at = step
+
+    def temperature(self, step: int, total: int) -> float | None:
+        """Of the mixes in optimiser step `step`; None where they are not sampled."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside α and β themselves (they are in the model's state)."""
-        return {}
+        return {"stopped_at": self.stopped_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        self.stopped_at = state.get("stopped_at")
 
     def _weights(self, model: nn.Module) -> list[nn.Parameter]:
         """All parameters but α and β, told apart by identity."""
         architecture = {id(parameter) for parameter in self.architecture}
         return [p for p in model.parameters() if id(p) not in architecture]
 
+    def _penalty_gradients(self) -> list[Tensor]:
+        """∂(λ·E[MACs]/10⁹)/∂(α, β), λ = `search.macs_penalty`; empty without a penalty."""
+        weight = self.config.search.macs_penalty
+        if not weight or not self.architecture:
+            return []
+        assert self.model is not None
+        flags = [parameter.requires_grad for parameter in self.architecture]
+        try:
+            for parameter in self.architecture:
+                parameter.requires_grad_(True)
+            cost = weight * expected_macs(self.model, self.config.model.input_size) / 1e9
+            return list(torch.autograd.grad(cost, self.architecture))
+        finally:
+            for parameter, flag in zip(self.architecture, flags, strict=True):
+                parameter.requires_grad_(flag)
+
 
 class Frozen(Strategy):
-    """`none`: α and β keep their start, uniform mixes."""
+    """`none`: α and β keep their start: uniform mixes, or those of `search.architecture`."""
 
     name = "none"
 
@@ -119,15 +167,226 @@ class Synchronous(Strategy):
             parameter.requires_grad_(True)
         return ParameterGroups(groups.weights, self.architecture)
 
+    def after_backward(self, context: StepContext) -> None:
+        for parameter, extra in zip(self.architecture, self._penalty_gradients(), strict=False):
+            if parameter.grad is not None:
+                parameter.grad += extra
 
-STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Frozen, Random, Synchronous)}
+
+class Gumbel(Synchronous):
+    """`gumbel`: SNAS. Mixes are samples softmax((logits + G) / τ), G from Gumbel(0, 1).
+
+    One sample per step, the same on all ranks, a pure function of `search.seed` and the step. τ
+    falls geometrically from the first to the second `search.temperature` over the share
+    `search.sampled` of the run. After it the mean mixes are trained, those that the model is used
+    with: SNAS derives a network and trains that; here the network stays continuous.
+    """
+
+    name = "gumbel"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._logits: list[Tensor] = []  # the true ones, while samples stand in their place
+
+    def temperature(self, step: int, total: int) -> float | None:
+        sampled = self.config.search.sampled * total
+        if step >= sampled or self.stopped_at is not None:
+            return None
+        first, last = self.config.search.temperature
+        return first * (last / first) ** (step / sampled)
+
+    @torch.no_grad()
+    def before_step(self, context: StepContext) -> None:
+        tau = self.temperature(context.step, context.total_steps)
+        if tau is None:
+            return
+        generator = np.random.default_rng([self.config.search.seed, context.step])
+        self._logits = [parameter.detach().clone() for parameter in self.architecture]
+        for parameter in self.architecture:
+            noise = torch.from_numpy(generator.gumbel(size=tuple(parameter.shape)))
+            parameter.add_(noise.to(parameter)).div_(tau)
+
+    @torch.no_grad()
+    def after_backward(self, context: StepContext) -> None:
+        tau = self.temperature(context.step, context.total_steps)
+        if tau is not None:
+            for parameter, logits in zip(self.architecture, self._logits, strict=True):
+                parameter.copy_(logits)
+                if parameter.grad is not None:
+                    parameter.grad /= tau
+        with torch.enable_grad():
+            super().after_backward(context)
+
+
+class FirstOrder(Strategy):
+    """`first-order`: DARTS with ξ = 0. α and β have an Adam of their own and half of the people.
+
+    Before each weights step: one step along ∇_{α,β} L_held(w, α, β). Betas are DARTS's.
+    """
+
+    name = "first-order"
+    BETAS = (0.5, 0.999)
+    WEIGHT_DECAY = 1e-3
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.optimizer: Optimizer | None = None
+
+    def prepare(self, model: nn.Module) -> ParameterGroups:
+        groups = super().prepare(model)
+        decay = self.config.search.weight_decay
+        if self.architecture:
+            self.optimizer = torch.optim.Adam(
+                self.architecture,
+                betas=self.BETAS,
+                weight_decay=self.WEIGHT_DECAY if decay is None else decay,
+            )
+        return groups
+
+    def before_step(self, context: StepContext) -> None:
+        if self.optimizer is None or self.stopped_at is not None:
+            return
+        gradients = self.hypergradient(context, [context.held() for _ in context.batches])
+        for gradient, extra in zip(gradients, self._penalty_gradients(), strict=False):
+            if gradient is not None:
+                gradient += extra
+        finite = [torch.isfinite(g).all() for g in gradients if g is not None]
+        if not finite or not torch.stack(finite).all():
+            return  # as a weights step without a finite gradient: nothing is updated
+        for parameter, gradient in zip(self.architecture, gradients, strict=True):
+            parameter.grad = gradient
+        for group in self.optimizer.param_groups:
+            group["lr"] = context.architecture_rate
+        self.optimizer.step()
+
+    def hypergradient(self, context: StepContext, held: Sequence[Any]) -> list[Tensor | None]:
+        """What α and β descend along; equal on all ranks."""
+        return context.gradients(held, self.architecture)
+
+    def state_dict(self) -> dict[str, Any]:
+        optimizer = None if self.optimizer is None else self.optimizer.state_dict()
+        return {**super().state_dict(), "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.optimizer is not None and state.get("optimizer") is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+class SecondOrder(FirstOrder):
+    """`second-order`: DARTS unrolled through one step of the weights' Adam as it really is.
+
+    With w' = w - Adam(g), g = ∇_w L_train(w, α), moments, weight decay and clipping included:
+
+        dL_held(w', α)/dα = ∂L_held(w', α)/∂α + ∂²L_train(w, α)/∂α∂w · v,
+        v = (∂w'/∂g)ᵀ ∇_{w'} L_held(w', α),
+
+    and the product is (∇_α L_train(w + εv) - ∇_α L_train(w - εv)) / 2ε with ε = 0.01 / ‖v‖: kernels
+    have first derivatives only. Weights alone are perturbed, and restored bit for bit.
+    """
+
+    name = "second-order"
+    EPSILON = 0.01
+
+    def hypergradient(self, context: StepContext, held: Sequence[Any]) -> list[Tensor | None]:
+        trained = [p for g in context.optimizer.param_groups for p in g["params"]]
+        all_gradients = context.gradients(context.batches, trained)
+        pairs = [(p, g) for p, g in zip(trained, all_gradients, strict=True) if g is not None]
+        weights = [p.detach() for p, _ in pairs]
+        before = [weight.clone() for weight in weights]
+        try:
+            steps, slopes, clip = unrolled_adam(
+                context.optimizer,
+                [p for p, _ in pairs],
+                [g for _, g in pairs],
+                context.learning_rate,
+                self.config.train.grad_clip,
+            )
+            torch._foreach_add_(weights, steps)
+            parameters = [*self.architecture, *(p for p, _ in pairs)]
+            gradients = context.gradients(held, parameters)
+            count = len(self.architecture)
+            direct, at_step = gradients[:count], gradients[count:]
+            v = clip(
+                [
+                    torch.zeros_like(slope) if g is None else slope * g
+                    for slope, g in zip(slopes, at_step, strict=True)
+                ]
+            )
+            norm = math.sqrt(sum(float(x.double().square().sum()) for x in v))
+            if not norm or not math.isfinite(norm):
+                return direct
+            epsilon = self.EPSILON / norm
+            sides = []
+            for sign in (1, -1):
+                torch._foreach_copy_(weights, before)
+                torch._foreach_add_(weights, v, alpha=sign * epsilon)
+                sides.append(context.gradients(context.batches, self.architecture))
+        finally:
+            torch._foreach_copy_(weights, before)
+        return [
+            d if d is None or plus is None or minus is None else d + (plus - minus) / (2 * epsilon)
+            for d, plus, minus in zip(direct, *sides, strict=True)
+        ]
+
+
+def unrolled_adam(
+    optimizer: Optimizer,
+    parameters: Sequence[nn.Parameter],
+    gradients: Sequence[Tensor],
+    rate: float,
+    limit: float | None,
+) -> tuple[list[Tensor], list[Tensor], Callable[[list[Tensor]], list[Tensor]]]:
+    """One step of Adam without taking it.
+
+    Args:
+        parameters: some of the optimiser's. gradients: theirs, unclipped.
+        rate: the learning rate. limit: of the gradients' total norm, or None.
+
+    Returns:
+        The changes of the parameters; the derivatives of each entry's change by its own clipped
+        gradient; and the transposed derivative of clipping, to apply to a list of tensors.
+    """
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    changes, slopes = [], []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        group, state = group_of[id(parameter)], optimizer.state.get(parameter, {})
+        (b1, b2), eps = group["betas"], group["eps"]
+        g = scale * gradient + group["weight_decay"] * parameter.detach()
+        zero = torch.zeros_like(g)
+        t = float(state.get("step", 0)) + 1
+        m = b1 * state.get("exp_avg", zero) + (1 - b1) * g
+        second = (b2 * state.get("exp_avg_sq", zero) + (1 - b2) * g * g).sqrt()
+        root = math.sqrt(1 - b2**t)
+        below = second / root + eps
+        factor = rate / (1 - b1**t)
+        changes.append(-factor * m / below)
+        # d√v/dg = (1 - b2) g / √v, which stays bounded where g and √v vanish together.
+        bend = torch.where(second > 0, (1 - b2) * g / second, zero) / root
+        slopes.append(-factor * ((1 - b1) / below - m * bend / below.square()))
+
+    def clip(v: list[Tensor]) -> list[Tensor]:
+        if scale == 1.0:
+            return v
+        along = sum(float((x * g).double().sum()) for x, g in zip(v, gradients, strict=True))
+        back = scale / (norm + 1e-6) / norm * along
+        return [scale * x - back * g for x, g in zip(v, gradients, strict=True)]
+
+    return changes, slopes, clip
+
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    s.name: s for s in (Frozen, Random, Synchronous, FirstOrder, SecondOrder, Gumbel)
+}
 
 
 def build_strategy(config: Config) -> Strategy:
     """The strategy that `search.strategy` names.
 
     Raises:
-        PnfsError: this version does not have it; the message lists those that exist.
+        PnfsError: there is none of that name; the message lists those that exist.
     """
     name = config.search.strategy
     if name not in STRATEGIES:

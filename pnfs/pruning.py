@@ -14,7 +14,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -72,7 +72,7 @@ class PruningReport:
     after: Costs
     seconds_before: float
     seconds_after: float
-    images: int = field(default=0)
+    images: int
 
     def of_kind(self, kind: str) -> list[str]:
         """Names of the removed cells, operations, connections or reduce convolutions."""

@@ -18,11 +18,9 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
-from pnfs.kernels.checks import STORAGE, Verdict
+from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
 from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
 from pnfs.kernels.shared import SharedMap, unshared
-
-STORAGE_CPU = (torch.float32, torch.bfloat16)
 
 
 def separable_conv(

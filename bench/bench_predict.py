@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -28,9 +29,8 @@ Network = Callable[[Tensor], Tensor]
 
 @functools.cache
 def settled() -> nn.Module:
-    """`ours()` in evaluation mode, with statistics as training leaves them."""
-    model = ours()
-    model.train()
+    """A copy of `ours()` in evaluation mode, with statistics as training leaves them."""
+    model = copy.deepcopy(ours())
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(8, 3, *SIZE, generator=torch.Generator().manual_seed(2)))

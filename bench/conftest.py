@@ -54,9 +54,3 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.section("results")
     for line in [*harness.table(_results), *(f"written: {path}" for path in paths)]:
         terminalreporter.write_line(line)
-
-
-def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Training first: after an export to ONNX in the same process the gradients of plain modules
-    come out wrong, which the checks then report."""
-    items.sort(key=lambda item: not item.path.name.startswith("bench_train"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -154,3 +155,18 @@ def test_results_are_keyed_and_merged(
     assert content["commit"] == "0123456789ab"
     assert content["versions"]["torch"] == torch.__version__
     assert (content["copy_gb_s"], content["fma_gflop_s"]) == (1.0, 2.0)
+
+
+def test_the_evaluation_benchmark_leaves_the_training_benchmarks_network_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both read one cached network. In evaluation mode its gradients are others, of which plain
+    modules in training mode were far."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    bench_predict = importlib.import_module("bench_predict")
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.BatchNorm2d(1)).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    monkeypatch.setattr(bench_predict, "ours", lambda: network)
+    settled = bench_predict.settled.__wrapped__()
+    assert network.training and not settled.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

@@ -35,6 +35,8 @@ PYBIND11_MODULE(_cpu, module) {
   PNFS_DEF(batch_stats_backward);
   PNFS_DEF(crop_normalize);
   PNFS_DEF(decode_heatmaps);
+  PNFS_DEF(depthwise_fanout);
+  PNFS_DEF(depthwise_fanout_backward);
   PNFS_DEF(folded_network);
   PNFS_DEF(mixed_sum);
   PNFS_DEF(mixed_sum_backward);

@@ -29,6 +29,25 @@ void decode_heatmaps(Address heatmaps, const std::array<std::int64_t, 4>& stride
                      Address matrices, Address xy, Address score,
                      const std::array<std::int64_t, 4>& size, bool shift, int dtype);
 
+// x, ys and their gradients: maps of `dtype` (float32, bfloat16), channels-last inside a part. The
+// others are contiguous float32. `stencils`: per result the dilation of a convolution, 0 for an average
+// pool, -1 for a max pool; `weights` are the convolutions'. `norm`: mean, var, gamma, beta, each may
+// be 0. means and variances are empty without statistics. `size`: P, N, C, H, W, elements from part to
+// part of x, stride, activation (0 none, 1 ReLU, 2 ReLU6). See pnfs/kernels/depthwise_fanout.py. Throws
+// std::runtime_error for an unusable PNFS_ISA.
+void depthwise_fanout(Address x, const Integers& stencils, const Addresses& weights,
+                      const std::array<Address, 4>& norm, const Addresses& ys,
+                      const Addresses& means, const Addresses& variances,
+                      const std::array<std::int64_t, 8>& size, double eps, int dtype);
+
+// ys, means, g_means and g_variances are empty where the statistics have no gradient.
+void depthwise_fanout_backward(Address x, const Integers& stencils, const Addresses& weights,
+                               const std::array<Address, 4>& norm, const Addresses& gys,
+                               const Addresses& ys, const Addresses& means,
+                               const Addresses& g_means, const Addresses& g_variances, Address gx,
+                               const Addresses& g_weights, const std::array<Address, 4>& g_norm,
+                               const std::array<std::int64_t, 8>& size, double eps, int dtype);
+
 // One tensor (n, c, y, x) per input with its strides; the rest is contiguous: float32 weights, the
 // plan (int64), scores (images, K, h, w). See pnfs/kernels/folded_network.py. Throws
 // std::runtime_error for an unusable PNFS_ISA.

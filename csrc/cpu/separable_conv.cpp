@@ -1,9 +1,6 @@
 // Driver of separable_conv: cuts the work into bands of rows, hands them to threads, and adds up what
 // the bands return. pnfs/kernels/separable_conv.py has the definition, separable_kernels.h the
 // arithmetic.
-//
-// How the work is cut depends on its sizes alone, and partial sums are added in a fixed order, so
-// results do not depend on the number of threads.
 
 #include "cpu/separable_conv.h"
 
@@ -13,20 +10,14 @@
 #include <cstdint>
 #include <tuple>
 
+#include "cpu/band_driver.h"
 #include "cpu/isa.h"
-#include "cpu/ops.h"
-#include "cpu/workspace.h"
 
 namespace pnfs {
 namespace {
 
-constexpr std::int64_t kForwardPixels = 1024;  // of a band: few enough for sums in float32
-constexpr std::int64_t kItems = 24;            // pieces of work that let threads balance
-constexpr std::int64_t kFewItems = 8;
 constexpr std::int64_t kPiecePixels = 384;  // of a piece: enough to make its weight gradient pay
 constexpr std::int64_t kPartialFloats = 1 << 22;  // of all pieces' weight gradients together
-constexpr std::int64_t kStreamBytes = 1 << 20;    // results from this size on bypass the caches
-constexpr Address kLine = 64;
 
 struct Problem {
   std::int64_t p, n, c, o, h, w, x_step, dilation;
@@ -67,37 +58,6 @@ const SeparableKernels& kernels() {
   return kSeparablePortable;
 }
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-std::int64_t padded(std::int64_t channels) {
-  return ceil_div(channels, kChannelStep) * kChannelStep;
-}
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// Rows of an image in `count` bands of equal height, but for the last.
-struct Bands {
-  std::int64_t rows, count;
-
-  Bands(std::int64_t height, std::int64_t wanted)
-      : rows(std::max<std::int64_t>(1, ceil_div(height, std::max<std::int64_t>(1, wanted)))),
-        count(ceil_div(height, rows)) {}
-};
-
-// Cuts a caller's memory into arrays, each on a cache line.
-struct Cutter {
-  float* memory;
-  std::size_t used = 0;
-
-  float* take(std::size_t floats) {
-    float* piece = memory == nullptr ? nullptr : memory + used;
-    used += (floats + kChannelStep - 1) / kChannelStep * kChannelStep;
-    return piece;
-  }
-};
-
 // The constants of every part, (P, padded C) and so on.
 struct Constants {
   float *packed, *taps, *mean, *rstd, *bias, *add, *times;
@@ -124,42 +84,20 @@ Constants take_constants(Cutter& cutter, const Problem& sizes, std::size_t packe
           static_cast<std::int64_t>(o)};
 }
 
-// `rows` rows of `from` to padded rows; null is zeros.
-void copy_padded(const float* from, std::int64_t rows, std::int64_t length, std::int64_t step,
-                 float* to) {
-  std::fill_n(to, rows * step, 0.0f);
-  if (from == nullptr) return;
-  for (std::int64_t row = 0; row < rows; ++row) {
-    std::copy_n(from + row * length, length, to + row * step);
-  }
-}
-
 void fill_constants(const Problem& s, const Weights& weights,
                     const Constants& to) {
   copy_padded(pointer<const float>(weights.bias), s.p, s.o, to.o, to.bias);
   copy_padded(pointer<const float>(weights.mean), s.p, s.c, to.c, to.mean);
   copy_padded(pointer<const float>(weights.var), s.p, s.c, to.c, to.rstd);
-  for (std::int64_t i = 0; i < s.p * to.c; ++i) {
-    to.rstd[i] = static_cast<float>(1.0 / std::sqrt(static_cast<double>(to.rstd[i]) + s.eps));
-  }
-  const float* depthwise = pointer<const float>(weights.depthwise);
-  if (depthwise == nullptr) return;
-  std::fill_n(to.taps, s.p * 9 * to.c, 0.0f);
-  for (std::int64_t p = 0; p < s.p; ++p) {
-    for (std::int64_t c = 0; c < s.c; ++c) {
-      for (std::int64_t tap = 0; tap < 9; ++tap) {
-        to.taps[(p * 9 + tap) * to.c + c] = depthwise[(p * s.c + c) * 9 + tap];
-      }
-    }
-  }
+  to_rstd(to.rstd, s.p * to.c, s.eps);
+  if (weights.depthwise != 0) copy_taps(pointer<const float>(weights.depthwise), s.p, s.c, to.taps);
 }
 
 // `result` has `channels` channels.
 SeparableShape shape_of(const Problem& s, const Weights& weights, bool stats, Address result,
                         std::int64_t channels) {
-  const std::int64_t pixel = channels * s.element();
-  const bool streams = s.p * s.n * s.h * s.w * pixel >= kStreamBytes && result % kLine == 0 &&
-                       channels % kChannelStep == 0 && pixel % kLine == 0;
+  const bool streams =
+      worth_streaming(result, s.p * s.n * s.h * s.w, channels, channels * s.element());
   return {s.c,
           s.o,
           s.h,
@@ -182,31 +120,6 @@ void pack(const Problem& s, const SeparableKernels& run, const SeparableShape& s
   }
 }
 
-// Mean and biased variance of y from the bands' sums: in float64, band after band.
-void finish_stats(const Problem& s, const Bands& bands, const Constants& constants,
-                  const float* shift, const float* sum, const float* square, float* mean,
-                  float* var) {
-  const std::int64_t o = constants.o, per_part = s.n * bands.count;
-#pragma omp parallel for schedule(static)
-  for (std::int64_t i = 0; i < s.p * s.o; ++i) {
-    const std::int64_t p = i / s.o, channel = i % s.o;
-    double count = 0, total_mean = 0, m2 = 0;
-    for (std::int64_t j = 0; j < per_part; ++j) {
-      const std::int64_t first = j % bands.count * bands.rows;
-      const double pixels =
-          static_cast<double>(std::min(bands.rows, s.h - first) * s.w);
-      const std::int64_t at = (p * per_part + j) * o + channel;
-      const double offset = sum[at] / pixels;
-      const double distance = shift[at] + offset - total_mean;
-      m2 += square[at] - offset * sum[at] + distance * distance * count * pixels / (count + pixels);
-      total_mean += distance * pixels / (count + pixels);
-      count += pixels;
-    }
-    mean[i] = static_cast<float>(total_mean + constants.bias[p * o + channel]);
-    var[i] = static_cast<float>(std::max(0.0, m2 / count));
-  }
-}
-
 }  // namespace
 
 void separable_conv(const std::array<Address, 9>& tensors, const std::array<std::int64_t, 8>& size,
@@ -217,7 +130,8 @@ void separable_conv(const std::array<Address, 9>& tensors, const std::array<std:
   const SeparableKernels& run = kernels();
   const SeparableShape shape = shape_of(s, weights, mean_y != 0, y, s.o);
   const Bands bands(s.h, std::max(ceil_div(s.h * s.w, kForwardPixels), ceil_div(kItems, s.p * s.n)));
-  const std::int64_t items = s.p * s.n * bands.count;
+  const ResultBands result{s.p, s.n, s.o, s.h, s.w, bands};
+  const std::int64_t items = result.items();
 
   static thread_local Workspace shared_memory;
   Constants constants{};
@@ -252,7 +166,7 @@ void separable_conv(const std::array<Address, 9>& tensors, const std::array<std:
     }
   }
   if (shape.stats) {
-    finish_stats(s, bands, constants, shift, sum, square, pointer<float>(mean_y),
+    finish_stats(result, constants.bias, shift, sum, square, pointer<float>(mean_y),
                  pointer<float>(var_y));
   }
 }
@@ -288,38 +202,6 @@ struct Pieces {
   }
 };
 
-// The gradient of the whole y is gy + add + times·y, from the gradients of its mean and variance.
-void fill_gradient_constants(const Problem& s, const float* mean, const float* g_mean,
-                             const float* g_var, const Constants& to) {
-  const double pixels = static_cast<double>(s.n * s.h * s.w);
-  for (std::int64_t i = 0; i < s.p * to.o; ++i) {
-    const std::int64_t o = i % to.o, at = i / to.o * s.o + o;
-    if (o >= s.o) {
-      to.times[i] = to.add[i] = 0;
-      continue;
-    }
-    const double slope = 2.0 * g_var[at] / pixels;
-    to.times[i] = static_cast<float>(slope);
-    to.add[i] = static_cast<float>(g_mean[at] / pixels - slope * mean[at]);
-  }
-}
-
-// Adds the pieces of each part into the part's first one, piece after piece.
-void reduce(const Partial& partial, std::int64_t parts, std::int64_t pieces, float* all) {
-  constexpr std::int64_t kChunk = 1024;
-  const std::int64_t chunks = ceil_div(partial.floats, kChunk);
-#pragma omp parallel for schedule(static)
-  for (std::int64_t i = 0; i < parts * chunks; ++i) {
-    float* part = all + i / chunks * pieces * partial.floats;
-    const std::int64_t first = i % chunks * kChunk;
-    const std::int64_t last = std::min(first + kChunk, partial.floats);
-    for (std::int64_t piece = 1; piece < pieces; ++piece) {
-      const float* from = part + piece * partial.floats;
-      for (std::int64_t j = first; j < last; ++j) part[j] += from[j];
-    }
-  }
-}
-
 void write_gradients(const Problem& s, const Partial& partial, const Constants& constants,
                      const Gradients& to, std::int64_t p, float* sums) {
   const float* pointwise = partial.pointwise(sums);
@@ -328,12 +210,7 @@ void write_gradients(const Problem& s, const Partial& partial, const Constants& 
                 pointer<float>(to.pointwise) + (p * s.o + o) * s.c);
   }
   if (to.depthwise != 0) {
-    const float* taps = partial.taps(sums);
-    for (std::int64_t c = 0; c < s.c; ++c) {
-      for (std::int64_t tap = 0; tap < 9; ++tap) {
-        pointer<float>(to.depthwise)[(p * s.c + c) * 9 + tap] = taps[tap * partial.c + c];
-      }
-    }
+    copy_tap_gradients(partial.taps(sums), s.c, pointer<float>(to.depthwise) + p * s.c * 9);
   }
   if (to.bias != 0) std::copy_n(partial.bias(sums), s.o, pointer<float>(to.bias) + p * s.o);
   if (to.mean == 0) return;
@@ -372,8 +249,9 @@ void separable_conv_backward(const std::array<Address, 17>& tensors,
   plan({shared_memory.floats(plan({nullptr}))});
   fill_constants(s, weights, constants);
   if (shape.stats) {
-    fill_gradient_constants(s, pointer<const float>(tensors[6]), pointer<const float>(tensors[8]),
-                            pointer<const float>(tensors[9]), constants);
+    fill_gradient_constants(s.p, s.o, s.n * s.h * s.w, pointer<const float>(tensors[6]),
+                            pointer<const float>(tensors[8]), pointer<const float>(tensors[9]),
+                            constants.add, constants.times);
   }
   pack(s, run, shape, weights, s.c, run.pack_backward, constants);
 
@@ -406,7 +284,7 @@ void separable_conv_backward(const std::array<Address, 17>& tensors,
       }
     }
   }
-  reduce(partial, s.p, pieces.count, sums);
+  reduce_pieces(partial.floats, s.p, pieces.count, sums);
 #pragma omp parallel for schedule(static)
   for (std::int64_t p = 0; p < s.p; ++p) {
     write_gradients(s, partial, constants, gradients, p, sums + p * pieces.count * partial.floats);

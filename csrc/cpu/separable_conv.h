@@ -4,15 +4,15 @@
 //
 // Letters: P parts, N images, C channels of x, O channels of y, H W rows and columns. Arrays in
 // memory are (P, N, H, W, channels). All arrays of float32 here have their channels padded to a
-// multiple of kChannelStep, which holds a vector of every instruction set.
+// multiple of kChannelStep.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-namespace pnfs {
+#include "cpu/bands.h"
 
-constexpr std::int64_t kChannelStep = 16;
+namespace pnfs {
 
 struct SeparableShape {
   std::int64_t c, o, h, w;

@@ -1,12 +1,9 @@
 // The kernels of separable_conv for one instruction set: a band of rows of one image, a few rows at
 // a time in cache. separable_conv.h has the interface and the letters.
-//
-// Rows in scratch memory are float32 with `dilation` columns of zeros on both sides. Their pixels
-// are a line further apart than the channels need: with a power of two they would crowd into a few
-// sets of the cache.
 #pragma once
 
 #include "cpu/gemm.h"
+#include "cpu/rows.h"
 #include "cpu/separable_conv.h"
 
 namespace pnfs {
@@ -24,6 +21,7 @@ struct Sizes {
   std::int64_t pixels;      // of a block
   std::int64_t ring_rows;   // that a block and its neighbours take
   std::int64_t row_floats;  // of a padded row with C channels
+  RowLayout row;
 
   explicit Sizes(const SeparableShape& shape) {
     c = round_up(shape.c, kChannelStep);
@@ -34,37 +32,7 @@ struct Sizes {
     pixels = rows * shape.w;
     ring_rows = rows + 2 * shape.dilation;
     row_floats = (shape.w + 2 * shape.dilation) * c_step;
-  }
-};
-
-// The latest rows of an image, each in its slot; rows outside the image are zeros.
-struct Ring {
-  float* slots;
-  float* zeros;
-  std::int64_t count, row_floats, height;
-
-  float* padded(std::int64_t y) const {
-    return y < 0 || y >= height ? zeros : slots + y % count * row_floats;
-  }
-};
-
-// Cuts a band's scratch memory into pieces.
-struct Scratch {
-  float* memory;
-
-  float* take(std::int64_t floats) {
-    float* piece = memory;
-    memory += round_up(floats, kChannelStep);
-    return piece;
-  }
-  float* zeros(std::int64_t floats) {
-    float* piece = take(floats);
-    std::memset(piece, 0, static_cast<std::size_t>(floats) * sizeof(float));
-    return piece;
-  }
-  Ring ring(const Sizes& sizes, std::int64_t height) {
-    float* slots = zeros(sizes.ring_rows * sizes.row_floats);
-    return {slots, zeros(sizes.row_floats), sizes.ring_rows, sizes.row_floats, height};
+    row = {shape.w, c, c_step, shape.dilation, shape.dilation};
   }
 };
 
@@ -89,30 +57,6 @@ void load_z(const SeparableShape& shape, const Sizes& sizes, const SeparablePart
   }
 }
 
-// t at row y: depthwise 3×3 of z.
-void depthwise_row(const SeparableShape& shape, const Sizes& sizes, const float* taps,
-                   const Ring& z, std::int64_t y, float* t) {
-  const std::int64_t step = sizes.c_step, side = shape.dilation * step;
-  const float* above = z.padded(y - shape.dilation);
-  const float* here = z.padded(y);
-  const float* below = z.padded(y + shape.dilation);
-  for (std::int64_t channel = 0; channel < sizes.c; channel += kWidth) {
-    Vec w[9];
-#pragma GCC unroll 9
-    for (int tap = 0; tap < 9; ++tap) w[tap] = load(taps + tap * sizes.c + channel);
-    for (std::int64_t at = channel; at < shape.w * step; at += step) {
-      Vec sum = {};
-#pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j) {
-        sum += w[j] * load(above + at + j * side);
-        sum += w[3 + j] * load(here + at + j * side);
-        sum += w[6 + j] * load(below + at + j * side);
-      }
-      store(t + at, sum);
-    }
-  }
-}
-
 // y without bias at one pixel: what the sums for the statistics are taken relative to, lest they
 // cancel where the mean is far larger than the standard deviation.
 template <class T>
@@ -134,57 +78,6 @@ void pixel_without_bias(const SeparableShape& shape, const Sizes& sizes, const S
            shape.c, {reinterpret_cast<const char*>(t), 0});
 }
 
-// Adds the bias and stores y of `pixels` pixels, kVecs vectors of channels; adds to the sums.
-template <int kVecs, class T>
-PNFS_INLINE void store_y_channels(const SeparableShape& shape, const Sizes& sizes,
-                                  const SeparablePart& part, const ForwardBand& band,
-                                  const float* block, std::int64_t pixels, std::int64_t channel,
-                                  T* y) {
-  Vec bias[kVecs], shift[kVecs], sum[kVecs], square[kVecs];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) {
-    const std::int64_t at = channel + v * kWidth;
-    bias[v] = load(part.bias + at);
-    shift[v] = shape.stats ? load(band.shift + at) : Vec{};
-    sum[v] = square[v] = Vec{};
-  }
-  for (std::int64_t i = 0; i < pixels; ++i) {
-    const float* from = block + i * sizes.o_step + channel;
-    T* to = y + i * shape.o + channel;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      const Vec value = load(from + v * kWidth);
-      const Vec distance = value - shift[v];
-      sum[v] += distance;
-      square[v] += distance * distance;
-      if (shape.streams) {
-        stream(to + v * kWidth, value + bias[v]);
-      } else {
-        store_part(to + v * kWidth, value + bias[v], shape.o - channel - v * kWidth);
-      }
-    }
-  }
-  if (!shape.stats) return;
-#pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) {
-    const std::int64_t at = channel + v * kWidth;
-    store(band.sum + at, load(band.sum + at) + sum[v]);
-    store(band.square + at, load(band.square + at) + square[v]);
-  }
-}
-
-template <class T>
-void store_y(const SeparableShape& shape, const Sizes& sizes, const SeparablePart& part,
-             const ForwardBand& band, const float* block, std::int64_t pixels, T* y) {
-  std::int64_t channel = 0;
-  for (; channel + 4 * kWidth <= shape.o; channel += 4 * kWidth) {
-    store_y_channels<4>(shape, sizes, part, band, block, pixels, channel, y);
-  }
-  for (; channel < shape.o; channel += kWidth) {
-    store_y_channels<1>(shape, sizes, part, band, block, pixels, channel, y);
-  }
-}
-
 template <class T>
 void forward_band(const SeparableShape& shape, const SeparablePart& part, const ForwardBand& band,
                   float* memory) {
@@ -196,13 +89,15 @@ void forward_band(const SeparableShape& shape, const SeparablePart& part, const 
   float* t = scratch.take(sizes.pixels * sizes.c_step);
   float* block = scratch.take(sizes.pixels * sizes.o_step);
   const float* zeros = scratch.zeros(sizes.o);
-  const Ring z = d > 0 ? scratch.ring(sizes, shape.h) : Ring{};
+  const Ring z = d > 0 ? scratch.ring(sizes.ring_rows, sizes.row_floats, shape.h) : Ring{};
   if (shape.stats) {
     const std::int64_t middle = (band.first + band.last) / 2;
     pixel_without_bias(shape, sizes, part, x, middle, shape.w / 2, t, zeros, band.shift);
     std::memset(band.sum, 0, static_cast<std::size_t>(sizes.o) * sizeof(float));
     std::memset(band.square, 0, static_cast<std::size_t>(sizes.o) * sizeof(float));
   }
+  const RowResult result{shape.o,   sizes.o_step, shape.stats, shape.streams,
+                         part.bias, band.shift,   band.sum,    band.square};
   std::int64_t loaded = larger(0, band.first - d);  // the next row to load
   for (std::int64_t row = band.first; row < band.last; row += sizes.rows) {
     const std::int64_t end = smaller(row + sizes.rows, band.last);
@@ -216,13 +111,13 @@ void forward_band(const SeparableShape& shape, const SeparablePart& part, const 
              z.padded(loaded) + d * sizes.c_step);
     }
     for (std::int64_t r = row; d > 0 && r < end; ++r) {
-      depthwise_row(shape, sizes, part.taps, z, r, t + (r - row) * shape.w * sizes.c_step);
+      depthwise_row(sizes.row, 1, part.taps, z, r, t + (r - row) * shape.w * sizes.c_step);
     }
     const auto next = prefetch_during(x + loaded * x_row, sizes.rows * x_row * sizeof(T), pixels,
                                       sizes.o, shape.c);
     multiply({t, sizes.c_step, 1}, {part.pointwise, shape.c, 0},
              {block, sizes.o_step, zeros, 0}, pixels, sizes.o, shape.c, next);
-    store_y(shape, sizes, part, band, block, pixels, y + row * shape.w * shape.o);
+    store_result(result, block, pixels, y + row * shape.w * shape.o);
   }
   if (shape.streams) finish_streams();
 }
@@ -233,11 +128,8 @@ void load_gradient(const SeparableShape& shape, const Sizes& sizes, const Separa
                    const T* y, const T* gy, std::int64_t pixels, float* g) {
   for (std::int64_t i = 0; i < pixels; ++i) {
     for (std::int64_t channel = 0; channel < sizes.o; channel += kWidth) {
-      Vec v = load_part(gy + channel, shape.o - channel);
-      if (shape.stats) {
-        const Vec value = load_part(y + channel, shape.o - channel);
-        v += load(part.add + channel) + load(part.times + channel) * value;
-      }
+      const Vec v =
+          whole_gradient(shape.stats, part.add, part.times, y, gy, channel, shape.o);
       store(g + channel, v);
     }
     gy += shape.o;
@@ -311,50 +203,41 @@ struct StoreGradient {
   }
 };
 
-// x's gradient at row y from t's, and the row's share of the taps'. Fetches w · c vectors from
-// `next` on.
+// Takes z's gradient from depthwise_gradient_row to x's. Fetches w · c vectors from `next` on.
 template <class T>
-void depthwise_gradient_row(const SeparableShape& shape, const Sizes& sizes,
-                            const SeparablePart& part, const BackwardBand& band, const Ring& z,
-                            const Ring& gt, std::int64_t y, const T* more, T* gx,
-                            const T* next) {
-  const std::int64_t step = sizes.c_step, side = shape.dilation * step;
-  const float* above = gt.padded(y - shape.dilation);
-  const float* here = gt.padded(y);
-  const float* below = gt.padded(y + shape.dilation);
-  const float* z_row = z.padded(y) + side;
-  for (std::int64_t channel = 0; channel < shape.c; channel += kWidth) {
-    Vec w[9], gradient[9];
-#pragma GCC unroll 9
-    for (int tap = 0; tap < 9; ++tap) {
-      w[tap] = load(part.taps + tap * sizes.c + channel);
-      gradient[tap] = load(band.taps + tap * sizes.c + channel);
-    }
-    Unnormalise to_x(shape, part, band, channel);
-    StoreGradient<T> store_next(shape, gx, more, channel);
-    for (std::int64_t at = channel; at < shape.w * step; at += step) {
-      __builtin_prefetch(next, 0, 2);
-      next += kWidth;
-      const Vec value = load(z_row + at);
-      Vec sum = {};
-      // t at (y - i·d, x - j·d) has read this pixel through tap (i, j), i and j of -1, 0, 1.
-#pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j) {
-        const Vec g_above = load(above + at + (2 - j) * side);
-        const Vec g_here = load(here + at + (2 - j) * side);
-        const Vec g_below = load(below + at + (2 - j) * side);
-        sum += w[j] * g_below + w[3 + j] * g_here + w[6 + j] * g_above;
-        gradient[j] += value * g_below;
-        gradient[3 + j] += value * g_here;
-        gradient[6 + j] += value * g_above;
-      }
-      store_next(to_x(value, sum));
-    }
-#pragma GCC unroll 9
-    for (int tap = 0; tap < 9; ++tap) store(band.taps + tap * sizes.c + channel, gradient[tap]);
-    to_x.save();
+struct GradientSink {
+  const SeparableShape& shape;
+  const SeparablePart& part;
+  const BackwardBand& band;
+  const T* more;
+  T* gx;
+  const T* next;
+  Unnormalise to_x;
+  StoreGradient<T> store_next;
+
+  PNFS_INLINE_MEMBER GradientSink(const SeparableShape& shape_, const SeparablePart& part_,
+                                  const BackwardBand& band_, const T* more_, T* gx_,
+                                  const T* next_)
+      : shape(shape_),
+        part(part_),
+        band(band_),
+        more(more_),
+        gx(gx_),
+        next(next_),
+        to_x(shape_, part_, band_, 0),
+        store_next(shape_, gx_, more_, 0) {}
+
+  PNFS_INLINE_MEMBER void start(std::int64_t channel) {
+    to_x = Unnormalise(shape, part, band, channel);
+    store_next = StoreGradient<T>(shape, gx, more, channel);
   }
-}
+  PNFS_INLINE_MEMBER void pixel(Vec z, Vec gradient) {
+    __builtin_prefetch(next, 0, 2);
+    next += kWidth;
+    store_next(to_x(z, gradient));
+  }
+  PNFS_INLINE_MEMBER void finish() const { to_x.save(); }
+};
 
 // The same for `pixels` pixels without depthwise convolution: t is z.
 template <class T>
@@ -400,8 +283,8 @@ struct BackwardWork {
     t = scratch.take(sizes.pixels * sizes.c_step);
     gt_block = scratch.take(sizes.pixels * sizes.c_step);
     zeros = scratch.zeros(sizes.c);
-    z = shape.dilation > 0 ? scratch.ring(sizes, shape.h) : Ring{};
-    gt = shape.dilation > 0 ? scratch.ring(sizes, shape.h) : Ring{};
+    z = shape.dilation > 0 ? scratch.ring(sizes.ring_rows, sizes.row_floats, shape.h) : Ring{};
+    gt = shape.dilation > 0 ? scratch.ring(sizes.ring_rows, sizes.row_floats, shape.h) : Ring{};
   }
 
   std::int64_t x_at(std::int64_t row) const { return row * shape.w * shape.c; }
@@ -459,14 +342,15 @@ struct BackwardWork {
         load_z(shape, sizes, part, x + x_at(loaded), w, z.padded(loaded) + d * sizes.c_step);
       }
       for (std::int64_t r = own; r < own_end; ++r) {
-        depthwise_row(shape, sizes, part.taps, z, r, t + (r - own) * w * sizes.c_step);
+        depthwise_row(sizes.row, 1, part.taps, z, r, t + (r - own) * w * sizes.c_step);
       }
       weight_gradient(own_g, own_pixels, end);
       // Rows whose neighbours below are there, or lie outside the image.
       const std::int64_t ready = end == stop ? band.last : smaller(end - d, band.last);
       for (std::int64_t ahead = loaded; done < ready; ++done, ++ahead) {
-        depthwise_gradient_row(shape, sizes, part, band, z, gt, done, more_at(done),
-                               gx + x_at(done), x + x_at(ahead));
+        depthwise_gradient_row(sizes.row, shape.c, part.taps, band.taps, z, gt, done,
+                               GradientSink<T>(shape, part, band, more_at(done), gx + x_at(done),
+                                               x + x_at(ahead)));
       }
     }
     if (shape.streams) finish_streams();

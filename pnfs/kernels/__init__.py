@@ -10,6 +10,7 @@ from pnfs.kernels.batch_norm_act import batch_norm_act
 from pnfs.kernels.batch_stats import batch_stats
 from pnfs.kernels.crop_normalize import crop_normalize
 from pnfs.kernels.decode_heatmaps import decode_heatmaps
+from pnfs.kernels.depthwise_fanout import depthwise_fanout
 from pnfs.kernels.folded_network import folded_network
 from pnfs.kernels.mixed_sum import mixed_sum
 from pnfs.kernels.oks_nms import oks_matrix, oks_nms
@@ -26,6 +27,7 @@ __all__ = [
     "batch_stats",
     "crop_normalize",
     "decode_heatmaps",
+    "depthwise_fanout",
     "dispatch",
     "explain",
     "folded_network",

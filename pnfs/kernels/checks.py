@@ -125,7 +125,12 @@ def as_stacked(x: Tensor) -> Tensor:
     """
     if all(part.is_contiguous(memory_format=torch.channels_last) for part in x[:1]):
         return x
-    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    return dense_stacked(x)
+
+
+def dense_stacked(g: Tensor) -> Tensor:
+    """`g` (P, N, C, H, W) as a stacked map whose parts lie back to back."""
+    return g.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
 def empty_stacked(shape: Sequence[int], like: Tensor) -> Tensor:

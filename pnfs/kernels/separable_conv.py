@@ -181,11 +181,6 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None or not tensor.numel() else tensor.data_ptr()
 
 
-def _dense(g: Tensor) -> Tensor:
-    """`g` as a stacked map whose parts lie back to back."""
-    return g.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-
-
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
@@ -276,7 +271,7 @@ def _backward(
         gy = checks.empty_stacked((p, n, pointwise.shape[1], h, w), x).zero_()
     gx, g_pointwise, g_depthwise, g_bias, g_mean, g_var = launch(
         x, pointwise, depthwise, mean, var, ctx.dilation, ctx.eps, ctx.has_bias,
-        _dense(gy), y, mean_y, g_mean_y, g_var_y, *map(_dense, more),
+        checks.dense_stacked(gy), y, mean_y, g_mean_y, g_var_y, *map(checks.dense_stacked, more),
     )  # fmt: skip
     return (
         gx,

@@ -1,0 +1,17 @@
+// Images cut into bands of rows, for ops that keep a few rows in cache (cpu/rows.h): how they are
+// cut, and what their drivers do with the sums that the bands return.
+//
+// How the work is cut depends on its sizes alone, and partial sums are added in a fixed order, so
+// results do not depend on the number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pnfs {
+
+// Arrays of float32 per channel are padded to a multiple of this, which holds a vector of every
+// instruction set.
+constexpr std::int64_t kChannelStep = 16;
+
+}  // namespace pnfs

@@ -1,0 +1,365 @@
+"""Several 3×3 depthwise stencils of one map in one read of it, normalised on load (Eq. 1).
+
+Axes: P parts, N batch, C channels, H W of x, h w of the results; maps are stacked, (P, N, C, H, W),
+and channels-last inside each part. A stencil is a convolution, an average pool or a max pool. The
+normalised input is never stored, and the statistics of a result travel beside it as (P, C) tensors:
+its consumer normalises on load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pnfs.errors import PnfsError, did_you_mean
+from pnfs.kernels import checks, native
+from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
+from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
+
+KINDS = ("conv", "avg_pool", "max_pool")
+ACTIVATIONS = ("none", "relu", "relu6")
+MAX_STENCILS = 8
+# In the backends' list of stencils; any other entry is the dilation of a convolution.
+AVERAGE_POOL, MAX_POOL = 0, -1
+
+Result = tuple[Tensor, Tensor, Tensor]
+
+
+def depthwise_fanout(
+    x: Tensor,
+    kinds: Sequence[str],
+    weights: Sequence[Tensor] = (),
+    dilations: Sequence[int] | None = None,
+    *,
+    stride: int = 1,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    activation: str = "none",
+    stats: bool = True,
+    eps: float = 1e-5,
+) -> list[Result]:
+    """Normalise x, apply every stencil, take the statistics of the results. Differentiable.
+
+        z = activation(gamma (x - mean) / sqrt(var + eps) + beta)
+        conv:      y[i, j] = sum_ab weight[a, b] z[i s + (a - 1) d, j s + (b - 1) d]
+        avg_pool:  the mean of z over the 3×3 window about [i s, j s]
+        max_pool:  its maximum there
+
+    per part, image and channel, with stride s and dilation d. z is zero outside the map for a
+    convolution; pools leave pixels outside out, also of the count. The gradient of a maximum goes
+    to the first of equal values, in rows from the top, as in torch.
+
+    Args:
+        x: (P, N, C, H, W), float32, bfloat16, float16 or float64. Any layout; channels-last inside
+            each part is taken without a copy, and so are parts that share one map (stride 0).
+        kinds: "conv", "avg_pool" or "max_pool" per stencil, 1 to 8 of them.
+        weights: (P, C, 3, 3) per convolution, in the order of `kinds`, float32 or the dtype of `x`.
+        dilations: per convolution, in pixels; None: all 1.
+        stride: 1 or 2, of all stencils.
+        mean, var: (P, C), statistics of x, biased; those of its batch, as the producer of x returns
+            them, or running ones. float32 (float64 for float64 maps). Both or neither: x itself is
+            taken.
+        gamma, beta: (P, C), scale and shift after the normalisation, as `mean`; each may be None.
+            Only with `mean` and `var`.
+        activation: "none", "relu" or "relu6".
+        stats: whether to compute the results' statistics.
+        eps: of the batch normalisation.
+
+    Returns:
+        Per stencil y, mean_y, var_y.
+        y: (P, N, C, h, w), h = ceil(H / s), w = ceil(W / s), channels-last inside, dtype of `x`;
+            arithmetic is in float32 (float64 for float64).
+        mean_y, var_y: (P, C), mean and biased variance of y over N, h and w, float32 (float64 for
+            float64); empty (0,) tensors without `stats`. Gradients in them flow back into y.
+
+    Raises:
+        PnfsError: an unknown kind or activation, a shape, dtype or device that does not fit, lists
+            of unequal length, mean without var, gamma or beta without them, another stride.
+    """
+    checks.check_tensor("x", x, (None,) * 5, *STORAGE, torch.float64)
+    p, _, c, h, w = x.shape
+    if not (p and c and h and w):
+        raise PnfsError(f"x {tuple(x.shape)} must have parts, channels and pixels")
+    if not 1 <= len(kinds) <= MAX_STENCILS:
+        raise PnfsError(f"kinds must name 1 to {MAX_STENCILS} stencils, not {len(kinds)}")
+    for value, allowed, name in [*((kind, KINDS, "kind") for kind in kinds),
+                                 (activation, ACTIVATIONS, "activation")]:  # fmt: skip
+        if value not in allowed:
+            raise PnfsError(
+                f"{name} '{value}' is unknown; use {', '.join(allowed)}"
+                f"{did_you_mean(value, allowed)}"
+            )
+    convolutions = sum(kind == "conv" for kind in kinds)
+    dilations = [1] * convolutions if dilations is None else dilations
+    checks.check_count("weights", weights, convolutions, "convolution")
+    checks.check_count("dilations", dilations, convolutions, "convolution")
+    if any(dilation < 1 for dilation in dilations):
+        raise PnfsError(f"dilations must be at least 1, not {list(dilations)}")
+    if stride not in (1, 2):
+        raise PnfsError(f"stride must be 1 or 2, not {stride}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for name, tensor in checks.named(weights=weights).items():
+        checks.check_tensor(name, tensor, (p, c, 3, 3), *dict.fromkeys((wide, x.dtype)))
+    norm = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
+    for name, given in norm.items():
+        if given is not None:
+            checks.check_tensor(name, given, (p, c), wide)
+    if (mean is None) != (var is None):
+        raise PnfsError("mean and var must be given both or neither")
+    if mean is None and not (gamma is None and beta is None):
+        raise PnfsError("gamma and beta need mean and var")
+    checks.check_same_device(x=x, **checks.named(weights=weights), **norm)
+    dilation = iter(dilations)
+    codes = {"avg_pool": AVERAGE_POOL, "max_pool": MAX_POOL}
+    stencils = [int(next(dilation)) if kind == "conv" else codes[kind] for kind in kinds]
+    results = OP(
+        checks.as_stacked(x), stencils, [weight.to(wide) for weight in weights],
+        mean, var, gamma, beta, int(stride), activation, bool(stats), float(eps),
+    )  # fmt: skip
+    count = len(kinds)
+    return list(zip(results[:count], results[count : 2 * count], results[2 * count :], strict=True))
+
+
+def depthwise_fanout_reference(
+    x: Tensor,
+    stencils: list[int],
+    weights: list[Tensor],
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    stride: int,
+    activation: str,
+    stats: bool,
+    eps: float,
+) -> list[Tensor]:
+    """The definition; see `depthwise_fanout`.
+
+    `stencils`: per result the dilation of a convolution, `AVERAGE_POOL` or `MAX_POOL`. Weights are
+    float32, or float64 for float64 maps. Returns all maps, then all means, then all variances.
+    """
+    z = x.to(torch.promote_types(x.dtype, torch.float32))
+    if mean is not None and var is not None:
+        scale = (var + eps).rsqrt()
+        z = (z - _per_channel(mean)) * _per_channel(scale if gamma is None else scale * gamma)
+        z = z if beta is None else z + _per_channel(beta)
+    if activation == "relu":
+        z = F.relu(z)
+    elif activation == "relu6":
+        z = F.relu6(z)
+    maps = []
+    weight = iter(weights)
+    for stencil in stencils:
+        taps = next(weight)[:, :, None] if stencil > 0 else None
+        parts = [
+            _stencil(part, stencil, None if taps is None else taps[p], stride)
+            for p, part in enumerate(z.unbind(0))
+        ]
+        maps.append(torch.stack([y.permute(0, 2, 3, 1) for y in parts]).permute(0, 1, 4, 2, 3))
+    if stats:
+        moments = [torch.var_mean(y, dim=(1, 3, 4), correction=0) for y in maps]
+    else:
+        moments = [(z.new_empty(0), z.new_empty(0)) for _ in maps]
+    return [*(y.to(x.dtype) for y in maps), *(m for _, m in moments), *(v for v, _ in moments)]
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, None, :, None, None]
+
+
+def _stencil(z: Tensor, stencil: int, taps: Tensor | None, stride: int) -> Tensor:
+    if taps is not None:
+        return F.conv2d(z, taps, None, stride, stencil, stencil, groups=len(taps))
+    if stencil == AVERAGE_POOL:
+        return F.avg_pool2d(z, 3, stride, 1, count_include_pad=False)
+    return F.max_pool2d(z, 3, stride, 1)
+
+
+# The backends take the arguments of the reference. Their gradients take, beside what the forward
+# pass took, the gradients of the maps; and where the statistics have any, the maps, their means,
+# and the gradients of means and variances.
+
+Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _empty(x: Tensor, stencils: list[int], *rest: Any) -> list[Tensor]:
+    stride, stats = rest[5], rest[7]
+    p, n, c, h, w = x.shape
+    shape = (p, n, c, -(-h // stride), -(-w // stride))
+    maps = [checks.empty_stacked(shape, x) for _ in stencils]
+    of_map = (p, c) if stats else (0,)
+    moments = [
+        torch.empty(of_map, dtype=torch.float32, device=x.device) for _ in range(2 * len(stencils))
+    ]
+    return [*maps, *moments]
+
+
+def _empty_backward(
+    x: Tensor,
+    stencils: list[int],
+    weights: list[Tensor],
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    stride: int,
+    activation: str,
+    eps: float,
+    gys: list[Tensor],
+    ys: list[Tensor],
+    means: list[Tensor],
+    g_means: list[Tensor],
+    g_vars: list[Tensor],
+) -> list[Tensor]:
+    """Gradients of x, mean, var, gamma and beta ((0,) where there is none), then the weights."""
+    p, _, c, _, _ = x.shape
+    shapes: list[tuple[int, ...]] = [
+        (0,) if tensor is None else (p, c) for tensor in (mean, var, gamma, beta)
+    ]
+    shapes += [(p, c, 3, 3)] * len(weights)
+    small = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]
+    return [checks.empty_stacked(x.shape, x), *small]
+
+
+def _norm_addresses(*tensors: Tensor | None) -> list[int]:
+    """0 for none. The caller keeps the tensors alive."""
+    return [0 if t is None or not t.numel() else t.data_ptr() for t in tensors]
+
+
+def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _call(function: str, x: Tensor, stride: int, activation: str, eps: float, *args: Any) -> None:
+    p, n, c, h, w = x.shape
+    size = (p, n, c, h, w, x.stride(0), stride, ACTIVATIONS.index(activation))
+    native.call(
+        "_cpu", function, x.data_ptr(), *args, size, eps, checks.DTYPE_CODES[x.dtype],
+        shapes=f"x {tuple(x.shape)}",
+    )  # fmt: skip
+
+
+def _cpp(
+    x: Tensor,
+    stencils: list[int],
+    weights: list[Tensor],
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    stride: int,
+    activation: str,
+    stats: bool,
+    eps: float,
+) -> list[Tensor]:
+    norm = (mean, var, gamma, beta)
+    results = _empty(x, stencils, weights, *norm, stride, activation, stats, eps)
+    count = len(stencils)
+    moments = results[count:] if stats else []
+    weights, kept = [weight.contiguous() for weight in weights], _contiguous(norm)
+    _call(
+        "depthwise_fanout", x, stride, activation, eps,
+        stencils, checks.addresses(weights), _norm_addresses(*kept),
+        checks.addresses(results[:count]), checks.addresses(moments[:count]),
+        checks.addresses(moments[count:]),
+    )  # fmt: skip
+    return results
+
+
+def _cpp_backward(
+    x: Tensor,
+    stencils: list[int],
+    weights: list[Tensor],
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    stride: int,
+    activation: str,
+    eps: float,
+    gys: list[Tensor],
+    ys: list[Tensor],
+    means: list[Tensor],
+    g_means: list[Tensor],
+    g_vars: list[Tensor],
+) -> list[Tensor]:
+    norm = (mean, var, gamma, beta)
+    gradients = _empty_backward(
+        x, stencils, weights, *norm, stride, activation, eps, gys, ys, means, g_means, g_vars
+    )
+    weights, kept = [weight.contiguous() for weight in weights], _contiguous(norm)
+    lists = [gys, ys, means, [g.contiguous() for g in g_means], [g.contiguous() for g in g_vars]]
+    _call(
+        "depthwise_fanout_backward", x, stride, activation, eps,
+        stencils, checks.addresses(weights), _norm_addresses(*kept),
+        *(checks.addresses(tensors) for tensors in lists),
+        gradients[0].data_ptr(), checks.addresses(gradients[5:]), _norm_addresses(*gradients[1:5]),
+    )  # fmt: skip
+    return gradients
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, ctx.stencils, weights, *norm, ctx.stride, ctx.activation, stats, ctx.eps = inputs
+    count = len(ctx.stencils)
+    ctx.weights = len(weights)
+    ctx.save_for_backward(x, *norm, *weights, *(output[: 2 * count] if stats else ()))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(launch: Callable[..., Any], ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    x, *saved = ctx.saved_tensors
+    norm, weights, results = saved[:4], saved[4 : 4 + ctx.weights], saved[4 + ctx.weights :]
+    count = len(ctx.stencils)
+    of_maps, of_moments = grads[:count], grads[count:]
+    ys, means = results[:count], results[count:]
+    g_means: list[Tensor] = []
+    g_vars: list[Tensor] = []
+    if any(g is not None for g in of_moments):
+        both = [torch.zeros_like(means[0]) if g is None else g for g in of_moments]
+        g_means, g_vars = both[:count], both[count:]
+    else:
+        ys, means = [], []
+    p, n, c, h, w = x.shape
+    shape = (p, n, c, -(-h // ctx.stride), -(-w // ctx.stride))
+    gys = [
+        checks.empty_stacked(shape, x).zero_() if g is None else checks.dense_stacked(g)
+        for g in of_maps
+    ]
+    gx, *rest = launch(
+        x, ctx.stencils, weights, *norm, ctx.stride, ctx.activation, ctx.eps,
+        gys, ys, means, g_means, g_vars,
+    )  # fmt: skip
+    of_norm = [g if tensor is not None else None for g, tensor in zip(rest[:4], norm, strict=True)]
+    return (gx, None, rest[4:], *of_norm, None, None, None, None)
+
+
+def _can_run(storage: tuple[torch.dtype, ...], x: Tensor, *_: Any) -> Verdict:
+    if not x.numel():
+        return checks.no("the batch is empty")
+    return checks.has_dtype("x", x.dtype, storage)
+
+
+def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
+    return OpCost(conv_macs=9 * len(args[2]) * outputs[0].numel())
+
+
+OP = register_op("depthwise_fanout", depthwise_fanout_reference)
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any], ...] = (
+    ("cpp", _cpp, _cpp_backward, partial(_can_run, STORAGE_CPU)),
+)
+for _backend, _fn, _fn_backward, _verdict in _BACKENDS:
+    _name, _devices = f"depthwise_fanout_{_backend}_backward", NATIVE_DEVICES[_backend]
+    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices)
+    _options = {
+        "setup_context": _setup_context,
+        "backward": partial(_backward, _launch),
+        "cost": _cost,
+    }
+    OP.register_native(_backend, _fn, _empty, _verdict, **_options)

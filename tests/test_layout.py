@@ -28,7 +28,7 @@ commands cli
 # Files beside those of the ops.
 INFRASTRUCTURE = {
     "pnfs/kernels": {"__init__", "registry", "checks", "native", "shared", "folded_program"},
-    "pnfs/kernels/triton": {"__init__", "aot"},
+    "pnfs/kernels/triton": {"__init__", "aot", "maps"},
     "csrc/cpu": {"cpu_module", "isa"},
     "csrc/cuda": {"cuda_module"},
     "tests/kernels": {

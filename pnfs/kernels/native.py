@@ -13,6 +13,8 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -114,6 +116,21 @@ def cuda_visible() -> bool:
     return torch.cuda.is_available()
 
 
+_gpu_assumed = False
+
+
+@contextmanager
+def gpu_assumed() -> Iterator[None]:
+    """Inside, Triton kernels count as runnable on tensors of any device: for callers that look at
+    launches and make none."""
+    global _gpu_assumed
+    before, _gpu_assumed = _gpu_assumed, True
+    try:
+        yield
+    finally:
+        _gpu_assumed = before
+
+
 def triton_interpreted() -> bool:
     """Whether Triton kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -135,13 +152,15 @@ def backend_available(backend: str, function: str) -> Verdict:
     if backend == "triton":
         if not _triton_installed():
             return no("triton is not installed")
-        if not cuda_visible() and not triton_interpreted():
+        if not (_gpu_assumed or cuda_visible() or triton_interpreted()):
             return no("no CUDA device is visible and TRITON_INTERPRET is not set")
     return RUNS
 
 
 def backend_fits(backend: str, device: str) -> Verdict:
     """Whether `backend` works on tensors of the device type `device`."""
+    if backend == "triton" and _gpu_assumed:
+        return RUNS
     if backend == "torch" or device == {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}[backend]:
         return RUNS
     if backend == "triton" and device == "cpu":

@@ -278,6 +278,9 @@ class OpCost:
 # an entry counts as one launch that reads every argument and writes every result once.
 op_costs: dict[str, Callable[[Sequence[Any], Any], OpCost]] = {}
 
+# torch op ("pnfs::name") -> the function behind it.
+op_functions: dict[str, Callable[..., Any]] = {}
+
 # A fragment, because each op's file adds its own definitions.
 _library = torch.library.Library("pnfs", "FRAGMENT")
 
@@ -313,6 +316,7 @@ def torch_op(
     for device in devices:
         _library.impl(name, fn, device.upper())
     qualified = f"pnfs::{name}"
+    op_functions[qualified] = fn
     torch.library.register_fake(qualified, fake, lib=_library)
     if cost is not None:
         op_costs[qualified] = cost

@@ -290,7 +290,7 @@ def test_programs_that_take_several_steps(
     backend: str, device: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every value is written, and the same ones in every run."""
-    monkeypatch.setattr("pnfs.kernels.triton.mixed_sum.PROGRAMS", 3)
+    monkeypatch.setattr("pnfs.kernels.triton.maps.PROGRAMS", 3)
     case = random_case(shape, 4)  # type: ignore[arg-type]
     with memory_filled_with_nan():
         first, second = (check(case, backend, device) for _ in range(2))

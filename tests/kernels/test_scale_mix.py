@@ -298,7 +298,7 @@ def test_programs_that_take_several_steps(
     backend: str, device: str, transforms: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every value is written, and the same ones in every run."""
-    monkeypatch.setattr("pnfs.kernels.triton.mixed_sum.PROGRAMS", 3)
+    monkeypatch.setattr("pnfs.kernels.triton.maps.PROGRAMS", 3)
     case = random_case((2, 2, 20, 10, 8), transforms)
     with memory_filled_with_nan():
         first, second = (check(case, backend, device) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Triton kernels, one module per op: `launch(...)`, and `variants()` for the ahead-of-time check.
+"""Triton kernels, one module per op; `launch(...)` and the like launch on the current stream.
 
 Nothing here is imported before a Triton kernel runs: triton takes a second to load and exists on
 Linux alone. With TRITON_INTERPRET=1 in the environment of the process, set before triton is first

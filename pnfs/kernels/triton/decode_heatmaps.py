@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pnfs.kernels.triton import OPTIONS
-from pnfs.kernels.triton.aot import Variant
 
 TILE_CELLS = 1024  # cells per step; a tile spans whole rows, so that no cell needs a division
 NUM_WARPS = 4
@@ -118,26 +117,3 @@ def launch(
             FLIP=flipped is not None, PERMUTE=permutation is not None, SHIFT=shift,
             **_tile(w), num_warps=NUM_WARPS, **OPTIONS,
         )  # fmt: skip
-
-
-def variants() -> list[Variant]:
-    """What the ahead-of-time check compiles: 17 maps of 64×48 cells in both layouts, with the flip
-    in every storage type, without it in float32."""
-    k, h, w = 17, 64, 48
-    layouts = {
-        "contiguous": {"n": k * h * w, "k": h * w, "y": w, "x": 1},
-        "channels-last": {"n": k * h * w, "k": 1, "y": k * w, "x": k},
-    }
-    found = []
-    for storage in ("*fp32", "*bf16", "*fp16"):
-        for layout, strides in layouts.items():
-            for flip in (False, True) if storage == "*fp32" else (True,):
-                args = {
-                    "heatmaps": storage, "flipped": storage, "permutation": "*i64",
-                    "matrices": "*fp64", "xy": "*fp32", "score": "*fp32", "k": k, "h": h, "w": w,
-                    **{f"{map_}_{axis}": step for map_ in "ab" for axis, step in strides.items()},
-                }  # fmt: skip
-                constants = {"FLIP": flip, "PERMUTE": flip, "SHIFT": flip, **_tile(w)}
-                name = f"{storage[1:]} {layout}{' flip' if flip else ''}"
-                found.append(Variant(decode_heatmaps_kernel, name, args, constants, NUM_WARPS))
-    return found

@@ -11,7 +11,7 @@ Arguments that several kernels take, one entry per term of the sum unless said o
     weights: (P, terms).
     SLOTS: the index of the term's entries in `norms`; -1: it is not normalised.
     RELUS: whether the term has a ReLU.
-    ROWS, COLS: pixels and channels that a program holds at once.
+The rest is as in `pnfs.kernels.triton.maps`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,20 @@ import triton.language as tl
 from torch import Tensor
 
 from pnfs.kernels.triton import OPTIONS
-from pnfs.kernels.triton.aot import Variant
+from pnfs.kernels.triton.maps import (
+    UNSPECIALISED,
+    blocks_of,
+    grid_of,
+    new_partials,
+    passed,
+    place,
+    rectified,
+    tile_of,
+)
 
 NUM_WARPS, NUM_WARPS_MERGE = 4, 4
-WIDTHS = (32, 16)  # channels of a program: whole sectors of memory, and few sums to merge
 WIDTH_MERGE = 64
 TILE, TILE_MERGE = 1024, 1024  # elements that a program holds, at most
-# Programs of a backward pass, roughly: enough to fill a GPU, few enough to leave few sums.
-PROGRAMS = 1024
 
 
 @triton.jit
@@ -48,28 +54,7 @@ def norm_of(norms, slot: tl.constexpr, at, mask, eps):
     return mean, scale, shift
 
 
-@triton.jit
-def rectified(z):
-    """max(z, 0); NaN stays."""
-    return tl.where(z < 0, 0.0, z)
-
-
-@triton.jit
-def passed(g, z):
-    """The gradient of `rectified(z)` where g arrives."""
-    return tl.where(z <= 0, 0.0, g)
-
-
-@triton.jit
-def place(channels, COLS: tl.constexpr):
-    """This program's number among those with its channels, and these; the programs that share rows
-    are neighbours."""
-    across = tl.cdiv(channels, COLS)
-    program = tl.program_id(0)
-    return program // across, program % across * COLS + tl.arange(0, COLS)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def mixed_sum_kernel(
     maps, strides, norms, weights, out, pixels, channels, eps,
     SLOTS: tl.constexpr, RELUS: tl.constexpr, RELU: tl.constexpr,
@@ -128,7 +113,7 @@ def store_sums(partials, first, second, part, block, column, channels, SLOTS: tl
         tl.store(to + blocks * channels, tl.sum(second[s], axis=0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def mixed_sum_backward_kernel(
     g, g_stride, h, maps, strides, norms, weights, g_maps, partials, pixels, channels, eps, steps,
     SLOTS: tl.constexpr, RELUS: tl.constexpr, RELU: tl.constexpr,
@@ -169,7 +154,7 @@ def mixed_sum_backward_kernel(
     store_sums(partials, first, second, part, block, column, channels, SLOTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def merge_kernel(
     partials, norms, weights, g_norms, g_weights, blocks, channels, eps,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -228,30 +213,6 @@ def _totals(start, column, blocks, channels, BOTH: tl.constexpr, ROWS: tl.conste
     return tl.sum(first, axis=0), tl.sum(second, axis=0)
 
 
-def tile_of(channels: int, elements: int) -> dict[str, int]:
-    """ROWS and COLS of a program that holds so many elements, with the fewest idle lanes."""
-    widths = [width for width in WIDTHS if width <= channels]
-    widths = widths or [triton.next_power_of_2(channels)]
-    columns = min(widths, key=lambda width: triton.cdiv(channels, width) * width)
-    return {"ROWS": elements // columns, "COLS": columns}
-
-
-def grid_of(blocks: int, parts: int, channels: int, tile: dict[str, int]) -> tuple[int, int]:
-    """See `place`; parts on the second axis."""
-    return blocks * triton.cdiv(channels, tile["COLS"]), parts
-
-
-def blocks_of(
-    rows: int, parts: int, channels: int, tile: dict[str, int]
-) -> tuple[dict[str, int], int, int]:
-    """The tile, the steps of a program of a backward pass over so many rows, and the programs per
-    part and channels; by shapes alone, as the order of the sums depends on them."""
-    tiles = triton.cdiv(rows, tile["ROWS"])
-    programs, _ = grid_of(tiles, parts, channels, tile)
-    steps = max(1, programs * parts // PROGRAMS)
-    return tile, steps, triton.cdiv(tiles, steps)
-
-
 def part_strides(maps: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(y.stride(0) for y in maps)
 
@@ -263,12 +224,6 @@ def contiguous(norms: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor, ...], .
 def _partials_shape(g_maps: Sequence[Tensor], blocks: int) -> tuple[int, ...]:
     p, _, c, _, _ = g_maps[0].shape
     return p, len(g_maps), 2, blocks, c
-
-
-def new_partials(g_maps: Sequence[Tensor], blocks: int) -> Tensor:
-    """What `store_sums` fills."""
-    shape = _partials_shape(g_maps, blocks)
-    return torch.empty(shape, dtype=torch.float32, device=g_maps[0].device)
 
 
 def bytes_of_partials(g_maps: Sequence[Tensor], blocks: int) -> int:
@@ -287,16 +242,33 @@ def launch(
     relu: bool = False,
 ) -> None:
     """Launch on the current stream; writes `out` (P, N, C, H, W)."""
-    p, n, c, h, w = out.shape
+    _, n, c, h, w = out.shape
+    launch_sum(
+        mixed_sum_kernel, forward_tile(c, len(maps)), (n * h * w,), maps, norms, weights, eps, out,
+        SLOTS=slots, RELUS=relus, RELU=relu,
+    )  # fmt: skip
+
+
+def launch_sum(
+    kernel: Any,
+    tile: dict[str, int],
+    size: tuple[int, ...],
+    maps: Sequence[Tensor],
+    norms: Sequence[Sequence[Tensor]],
+    weights: Tensor,
+    eps: float,
+    out: Tensor,
+    **kinds: Any,
+) -> None:
+    """Launch a kernel of the forward pass, unless `out` is empty. `size`: the pixels of a part that
+    programs go over, and what else of the kernel's arguments stands before `channels`."""
     if out.numel() == 0:
         return
-    tile = forward_tile(c, len(maps))
-    grid = grid_of(triton.cdiv(n * h * w, tile["ROWS"]), p, c, tile)
+    p, _, c, _, _ = out.shape
     with torch.cuda.device_of(out):
-        mixed_sum_kernel[grid](
+        kernel[grid_of(triton.cdiv(size[0], tile["ROWS"]), p, c, tile)](
             tuple(maps), part_strides(maps), contiguous(norms), weights.contiguous(), out,
-            n * h * w, c, eps, SLOTS=slots, RELUS=relus, RELU=relu, **tile,
-            num_warps=NUM_WARPS, **OPTIONS,
+            *size, c, eps, **kinds, **tile, num_warps=NUM_WARPS, **OPTIONS,
         )  # fmt: skip
 
 
@@ -318,18 +290,45 @@ def launch_backward(
     went through a ReLU that gave h."""
     p, n, c, height, width = g.shape
     pixels = n * height * width
-    tile, steps, blocks = backward_blocks(p, pixels, c, len(maps))
+    launch_gradients(
+        mixed_sum_backward_kernel, backward_blocks(p, pixels, c, len(maps)), (pixels,),
+        g, g if h is None else h, maps, norms, weights, eps, g_maps, g_norms, g_weights,
+        SLOTS=slots, RELUS=relus, RELU=h is not None,
+    )  # fmt: skip
+
+
+def launch_gradients(
+    kernel: Any,
+    plan: tuple[dict[str, int], int, int],
+    size: tuple[int, ...],
+    g: Tensor,
+    h: Tensor,
+    maps: Sequence[Tensor],
+    norms: Sequence[Sequence[Tensor]],
+    weights: Tensor,
+    eps: float,
+    g_maps: Sequence[Tensor],
+    g_norms: Sequence[Tensor],
+    g_weights: Tensor,
+    **kinds: Any,
+) -> None:
+    """Launch a kernel of the backward pass, unless `g` is empty, and the one that merges its sums.
+    `plan` as of `backward_blocks`, `size` as of `launch_sum`."""
+    p, _, c, _, _ = g.shape
+    tile, steps, blocks = plan
     norms, weights = contiguous(norms), weights.contiguous()
-    partials = new_partials(g_maps, blocks)
+    partials = new_partials(_partials_shape(g_maps, blocks), g)
     with torch.cuda.device_of(g):
         if g.numel():
-            mixed_sum_backward_kernel[grid_of(blocks, p, c, tile)](
-                g, g.stride(0), g if h is None else h, tuple(maps), part_strides(maps), norms,
-                weights, tuple(g_maps), partials, pixels, c, eps, steps,
-                SLOTS=slots, RELUS=relus, RELU=h is not None, **tile,
+            kernel[grid_of(blocks, p, c, tile)](
+                g, g.stride(0), h, tuple(maps), part_strides(maps), norms, weights,
+                tuple(g_maps), partials, *size, c, eps, steps, **kinds, **tile,
                 num_warps=NUM_WARPS, **OPTIONS,
             )  # fmt: skip
-        launch_merge(partials, norms, weights, eps, g_norms, g_weights, slots)
+        merge_kernel[(len(maps), p)](
+            partials, norms, weights, tuple(g_norms), g_weights, blocks, c, eps,
+            SLOTS=kinds["SLOTS"], **_merge_tile(c), num_warps=NUM_WARPS_MERGE, **OPTIONS,
+        )  # fmt: skip
 
 
 def forward_tile(c: int, terms: int) -> dict[str, int]:
@@ -343,99 +342,6 @@ def backward_blocks(p: int, pixels: int, c: int, terms: int) -> tuple[dict[str, 
     return blocks_of(pixels, p, c, tile)
 
 
-def merge_tile(c: int) -> dict[str, int]:
+def _merge_tile(c: int) -> dict[str, int]:
     columns = min(WIDTH_MERGE, triton.next_power_of_2(c))
     return {"ROWS": TILE_MERGE // columns, "COLS": columns}
-
-
-def launch_merge(
-    partials: Tensor,
-    norms: Sequence[Sequence[Tensor]],
-    weights: Tensor,
-    eps: float,
-    g_norms: Sequence[Tensor],
-    g_weights: Tensor,
-    slots: tuple[int, ...],
-) -> None:
-    """Launch `merge_kernel` on the current stream."""
-    p, terms, _, blocks, c = partials.shape
-    merge_kernel[(terms, p)](
-        partials, norms, weights, tuple(g_norms), g_weights, blocks, c, eps,
-        SLOTS=slots, **merge_tile(c), num_warps=NUM_WARPS_MERGE, **OPTIONS,
-    )  # fmt: skip
-
-
-# Storage, channels, height and width of maps, branches, with x: what the ahead-of-time check
-# compiles, for three parts of 24 images; levels of `ours-1` first.
-CASES = (
-    ("fp32", 64, (64, 48), 2, True),
-    ("bf16", 256, (16, 12), 2, True),
-    ("fp16", 40, (64, 48), 7, True),
-)
-PARTS, IMAGES = 3, 24
-
-
-def sum_arguments(
-    storage: str, channels: int, sizes: Sequence[int], norms: int, normalised: int
-) -> dict[str, Any]:
-    """Arguments that all kernels but `merge_kernel` share, for maps of so many pixels per part."""
-    return {
-        "maps": (f"*{storage}",) * len(sizes),
-        "strides": tuple(size * channels for size in sizes),
-        "norms": (("*fp32",) * normalised,) * norms,
-        "weights": "*fp32",
-        "channels": channels,
-        "eps": 1e-5,
-    }
-
-
-def backward_arguments(args: dict[str, Any], storage: str, pixels: int) -> dict[str, Any]:
-    """What a backward kernel takes besides, for a gradient of so many pixels per part."""
-    return {
-        "g": f"*{storage}",
-        "g_stride": pixels * args["channels"],
-        "g_maps": args["maps"],
-        "partials": "*fp32",
-    }
-
-
-def merge_variant(name: str, args: dict[str, Any], blocks: int, slots: Any) -> Variant:
-    """`merge_kernel` after a backward kernel with these arguments."""
-    wanted = {key: args[key] for key in ("norms", "weights", "channels", "eps")}
-    wanted |= {"partials": "*fp32", "g_weights": "*fp32", "blocks": blocks}
-    wanted["g_norms"] = ("*fp32",) * len(args["norms"])
-    constants = {"SLOTS": slots, **merge_tile(args["channels"])}
-    return Variant(merge_kernel, name, wanted, constants, NUM_WARPS_MERGE)
-
-
-def variants() -> list[Variant]:
-    """What the ahead-of-time check compiles: see `CASES`."""
-    found = []
-    for storage, channels, (height, width), branches, with_x in CASES:
-        terms, pixels = branches + with_x, IMAGES * height * width
-        args = sum_arguments(storage, channels, (pixels,) * terms, 2, branches)
-        tile, steps, blocks = backward_blocks(PARTS, pixels, channels, terms)
-        kinds = {
-            "SLOTS": (*(-1,) * with_x, *range(branches)),
-            "RELUS": (*(False,) * with_x, *(True,) * branches),
-            "RELU": False,
-        }
-        name = f"{storage} {height}×{width} C={channels} {branches} branches"
-        name += " and x" if with_x else ""
-        forward = {**args, "out": f"*{storage}", "pixels": pixels}
-        backward = {
-            **args, **backward_arguments(args, storage, pixels), "h": f"*{storage}",
-            "pixels": pixels, "steps": steps,
-        }  # fmt: skip
-        found += [
-            Variant(
-                mixed_sum_kernel,
-                name,
-                forward,
-                {**kinds, **forward_tile(channels, terms)},
-                NUM_WARPS,
-            ),
-            Variant(mixed_sum_backward_kernel, name, backward, {**kinds, **tile}, NUM_WARPS),
-            merge_variant(name, args, blocks, kinds["SLOTS"]),
-        ]
-    return found

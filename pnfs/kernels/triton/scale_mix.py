@@ -14,33 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pnfs.kernels.triton import OPTIONS, mixed_sum
-from pnfs.kernels.triton.aot import Variant
-from pnfs.kernels.triton.mixed_sum import (
-    IMAGES,
-    NUM_WARPS,
-    PARTS,
-    backward_arguments,
+from pnfs.kernels.triton import mixed_sum
+from pnfs.kernels.triton.maps import (
+    UNSPECIALISED,
     blocks_of,
-    contiguous,
-    grid_of,
-    launch_merge,
-    merge_variant,
-    new_partials,
-    norm_of,
-    part_strides,
     passed,
     place,
     rectified,
-    store_sums,
-    sum_arguments,
-    term_gradient,
     tile_of,
+)
+from pnfs.kernels.triton.mixed_sum import (
+    launch_gradients,
+    launch_sum,
+    norm_of,
+    store_sums,
+    term_gradient,
 )
 
 TILE = 512  # elements of half resolution that a program holds, at most
@@ -102,7 +94,7 @@ def _between(middle, other, share):
     return left, here, right
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def scale_mix_kernel(
     maps, strides, norms, weights, out, pixels, h, w, channels, eps,
     SLOTS: tl.constexpr, RELUS: tl.constexpr, UPS: tl.constexpr, RELU: tl.constexpr,
@@ -159,7 +151,7 @@ def scale_mix_kernel(
         tl.store(to, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def scale_mix_backward_kernel(
     g, g_stride, h_out, maps, strides, norms, weights, g_maps, partials,
     pixels, h, w, channels, eps, steps,
@@ -248,18 +240,12 @@ def launch(
     if not any(ups):
         mixed_sum.launch(maps, norms, weights, eps, out, slots=slots, relus=relus, relu=relu)
         return
-    if out.numel() == 0:
-        return
-    p, n, c, height, width = out.shape
+    _, n, c, height, width = out.shape
     h, w = height // 2, width // 2
-    tile = forward_tile(c, ups)
-    grid = grid_of(triton.cdiv(n * h * w, tile["ROWS"]), p, c, tile)
-    with torch.cuda.device_of(out):
-        scale_mix_kernel[grid](
-            tuple(maps), part_strides(maps), contiguous(norms), weights.contiguous(), out,
-            n * h * w, h, w, c, eps, SLOTS=slots, RELUS=relus, UPS=ups, RELU=relu, **tile,
-            num_warps=NUM_WARPS, **OPTIONS,
-        )  # fmt: skip
+    launch_sum(
+        scale_mix_kernel, forward_tile(c, ups), (n * h * w, h, w), maps, norms, weights, eps, out,
+        SLOTS=slots, RELUS=relus, UPS=ups, RELU=relu,
+    )  # fmt: skip
 
 
 def launch_backward(
@@ -286,20 +272,13 @@ def launch_backward(
             slots=slots, relus=relus, h=h if relu else None,
         )  # fmt: skip
         return
-    p, n, c, height, width = g.shape
-    pixels = n * height * width // 4
-    tile, steps, blocks = backward_blocks(g.shape, ups)
-    norms, weights = contiguous(norms), weights.contiguous()
-    partials = new_partials(g_maps, blocks)
-    with torch.cuda.device_of(g):
-        if g.numel():
-            scale_mix_backward_kernel[grid_of(blocks, p, c, tile)](
-                g, g.stride(0), h, tuple(maps), part_strides(maps), norms, weights,
-                tuple(g_maps), partials, pixels, height // 2, width // 2, c, eps, steps,
-                SLOTS=slots, RELUS=relus, UPS=ups, RELU=relu, **tile,
-                num_warps=NUM_WARPS, **OPTIONS,
-            )  # fmt: skip
-        launch_merge(partials, norms, weights, eps, g_norms, g_weights, slots)
+    _, n, _, height, width = g.shape
+    size = (n * height * width // 4, height // 2, width // 2)
+    launch_gradients(
+        scale_mix_backward_kernel, backward_blocks(g.shape, ups), size,
+        g, h, maps, norms, weights, eps, g_maps, g_norms, g_weights,
+        SLOTS=slots, RELUS=relus, UPS=ups, RELU=relu,
+    )  # fmt: skip
 
 
 def forward_tile(c: int, ups: Sequence[bool]) -> dict[str, int]:
@@ -315,55 +294,3 @@ def backward_blocks(shape: Sequence[int], ups: Sequence[bool]) -> tuple[dict[str
         return mixed_sum.backward_blocks(p, n * h * w, c, len(ups))
     tile = tile_of(c, TILE // 2 if len(ups) <= 3 else TILE // 4)
     return blocks_of(n * h * w // 4, p, c, tile)
-
-
-# Storage, channels, height and width of the output, sources, whether `down` has a ReLU rather than
-# the sum: what the ahead-of-time check compiles, for three parts of 24 images; levels of `ours-1`
-# first.
-CASES = (
-    ("fp32", 128, (32, 24), ("same", "down", "up"), False),
-    ("bf16", 64, (64, 48), ("same", "up"), False),
-    ("fp16", 22, (2, 2), ("up", "up", "same", "down"), True),
-    ("fp32", 40, (16, 12), ("same", "down"), True),
-)
-
-
-def variants() -> list[Variant]:
-    """What the ahead-of-time check compiles: see `CASES`."""
-    found = []
-    for storage, channels, (height, width), sources, down_relu in CASES:
-        ups = tuple(source == "up" for source in sources)
-        numbers = iter(range(len(sources)))
-        slots = tuple(-1 if source == "same" else next(numbers) for source in sources)
-        kinds = {
-            "SLOTS": slots,
-            "RELUS": tuple(source == "down" and down_relu for source in sources),
-            "RELU": not down_relu,
-        }
-        pixels = IMAGES * height * width
-        sizes = [pixels // 4 if up else pixels for up in ups]
-        args = sum_arguments(storage, channels, sizes, 4, len(sources) - slots.count(-1))
-        shape = (PARTS, IMAGES, channels, height, width)
-        tile, steps, blocks = backward_blocks(shape, ups)
-        backward = {**args, **backward_arguments(args, storage, pixels), "steps": steps}
-        name = f"{storage} {height}×{width} C={channels} {' '.join(sources)}"
-        pointer = f"*{storage}"
-        if any(ups):
-            size = {"pixels": pixels // 4, "h": height // 2, "w": width // 2}
-            kernels = (scale_mix_kernel, scale_mix_backward_kernel)
-            chosen = forward_tile(channels, ups)
-            kinds["UPS"] = ups
-            backward |= {"h_out": pointer}
-        else:
-            size = {"pixels": pixels}
-            kernels = (mixed_sum.mixed_sum_kernel, mixed_sum.mixed_sum_backward_kernel)
-            chosen = mixed_sum.forward_tile(channels, len(ups))
-            backward |= {"h": pointer}
-        forward = {**args, **size, "out": pointer}
-        found += [
-            Variant(kernels[0], name, forward, {**kinds, **chosen}, NUM_WARPS),
-            Variant(kernels[1], name, {**backward, **size}, {**kinds, **tile}, NUM_WARPS),
-        ]
-        if len(sources) == 3:
-            found.append(merge_variant(name, args, blocks, slots))
-    return found

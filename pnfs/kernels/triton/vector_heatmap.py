@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -18,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pnfs.kernels.triton import OPTIONS
-from pnfs.kernels.triton.aot import Variant
 
 TILE = 1024  # elements of one part that a program holds
 NUM_WARPS = 4
@@ -173,54 +171,3 @@ def launch_backward(
             table_of(vectors, keypoints, k), grad,
             k, h * w, w, **tile, num_warps=NUM_WARPS, **OPTIONS,
         )  # fmt: skip
-
-
-# Storage, keypoints per part, d, layout: what the ahead-of-time check compiles, at 64×48 cells.
-CASES = (
-    ("fp32", (5, 6, 6), 8, "channels-last"),
-    ("bf16", (5, 6, 6), 8, "channels-last"),
-    ("fp16", (5, 6, 6), 8, "contiguous"),
-    ("fp32", (17,), 1, "contiguous"),
-    ("bf16", (3, 3, 3, 3, 3, 3, 3, 3), 16, "channels-last"),
-)
-
-
-def case_arguments(
-    storage: str, counts: tuple[int, ...], d: int, layout: str
-) -> tuple[str, dict[str, Any], dict[str, int]]:
-    """Name, arguments and constants that the kernels share, for one of `CASES`."""
-    h, w = 64, 48
-    last = layout == "channels-last"
-    strides = tuple(
-        (k * d * h * w, d, 1, w * k * d, k * d) if last else (k * d * h * w, d * h * w, h * w, w, 1)
-        for k in counts
-    )
-    args = {
-        "vectors": (f"*{storage}",) * len(counts),
-        "strides": strides,
-        "table": "*i32",
-        "k_count": 17,
-        "cells": h * w,
-        "w": w,
-    }
-    return f"{storage} P={len(counts)} d={d} {layout}", args, tile_of(d, len(counts))
-
-
-def gradient_arguments(args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for the gradients of the same vectors."""
-    return {"gradients": args["vectors"], "gradient_strides": args["strides"]}
-
-
-def variants() -> list[Variant]:
-    """What the ahead-of-time check compiles: see `CASES`."""
-    found = []
-    for case in CASES:
-        name, args, constants = case_arguments(*case)
-        pointer = args["vectors"][0]
-        forward = {**args, "scores": pointer}
-        backward = {**args, **gradient_arguments(args), "grad_scores": pointer}
-        found += [
-            Variant(vector_heatmap_kernel, name, forward, constants, NUM_WARPS),
-            Variant(vector_heatmap_backward_kernel, name, backward, constants, NUM_WARPS),
-        ]
-    return found

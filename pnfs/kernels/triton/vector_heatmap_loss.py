@@ -13,12 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pnfs.kernels.triton import OPTIONS
-from pnfs.kernels.triton.aot import Variant
 from pnfs.kernels.triton.vector_heatmap import (
-    CASES,
     NUM_WARPS,
-    case_arguments,
-    gradient_arguments,
     gradient_of,
     grid_of,
     score_of,
@@ -37,7 +33,7 @@ def _target_cell(coordinate, stride, size):
     """min(int(coordinate / stride + ½), size - 1) as a float; NaN stays NaN."""
     at = tl.div_rn(coordinate, stride) + 0.5
     whole = tl.where(at < 0, tl.ceil(at), tl.floor(at))
-    last = (size - 1).to(tl.float32)
+    last = size - 1.0  # size is a constant where it is 1
     return tl.where(whole > last, last, whole)
 
 
@@ -145,27 +141,3 @@ def launch_scale(tensors: list[Tensor], factor: Tensor) -> None:
             tuple(tensors), sizes, factor, PARTS=len(tensors), BLOCK=SCALE_BLOCK,
             num_warps=NUM_WARPS, **OPTIONS,
         )  # fmt: skip
-
-
-def variants() -> list[Variant]:
-    """What the ahead-of-time check compiles: `CASES` of `vector_heatmap` with gradients, the first
-    also without and with a factor, and the scaling."""
-    found = []
-    for index, case in enumerate(CASES):
-        name, args, constants = case_arguments(*case)
-        args = {
-            **args, **gradient_arguments(args), "joints": "*fp32", "weights": "*fp32",
-            "grad": "*fp32", "partial": "*fp32", "exponent": -0.125, "stride": 4.0, "share": 1e-6,
-        }  # fmt: skip
-        kinds = {"with gradients": (True, False)}
-        if index == 0:
-            kinds |= {"loss alone": (False, False), "scaled gradients": (True, True)}
-        for kind, (write, scaled) in kinds.items():
-            chosen = {**constants, "WRITE": write, "SCALED": scaled}
-            found.append(
-                Variant(vector_heatmap_loss_kernel, f"{name} {kind}", args, chosen, NUM_WARPS)
-            )
-    tensors = {"tensors": ("*fp32",) * 3, "sizes": (24 * 5 * 8 * 3072,) * 3, "factor": "*fp32"}
-    constants = {"PARTS": 3, "BLOCK": SCALE_BLOCK}
-    found.append(Variant(scale_kernel, "fp32 P=3", tensors, constants, NUM_WARPS))
-    return found

@@ -1,0 +1,224 @@
+"""What the Triton kernels of channels-last maps share: tiles, grids, and statistics in two steps.
+
+A map of P parts is P matrices (pixels, C), parts any distance apart. A program has ROWS pixels, and
+then the next ROWS as often as `steps` says, of COLS channels of one part. Whatever changes with the
+batch alone is kept out of the compiled kernels: see `UNSPECIALISED`.
+
+Statistics are taken in two steps: every program stores mean and squared deviation of its pixels,
+and whoever wants them merges those of all programs in float64, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pnfs.kernels.triton import OPTIONS
+
+WIDTHS = (32, 16)  # channels of a program: whole sectors of memory, and few sums to merge
+# Programs of a kernel that leaves sums to merge, roughly: enough to fill a GPU, few enough to leave
+# few sums.
+PROGRAMS = 1024
+# Arguments that follow the batch. Without this Triton would compile a kernel anew where one of them
+# becomes 1 or a multiple of 16, or ceases to be one.
+UNSPECIALISED = ("pixels", "steps", "blocks", "g_stride")
+TILE_STATS, NUM_WARPS_STATS = 2048, 4
+TILE_MERGE, NUM_WARPS_MERGE = 1024, 4
+
+
+@triton.jit
+def rectified(z):
+    """max(z, 0); NaN stays."""
+    return tl.where(z < 0, 0.0, z)
+
+
+@triton.jit
+def passed(g, z):
+    """The gradient of `rectified(z)` where g arrives."""
+    return tl.where(z <= 0, 0.0, g)
+
+
+@triton.jit
+def place(channels, COLS: tl.constexpr):
+    """This program's number among those with its channels, and these; the programs that share rows
+    are neighbours."""
+    across = tl.cdiv(channels, COLS)
+    program = tl.program_id(0)
+    return program // across, program % across * COLS + tl.arange(0, COLS)
+
+
+@triton.jit
+def rows_of(block, step, steps, ROWS: tl.constexpr):
+    """The first pixel of a step of a program, 64 bits."""
+    return (block.to(tl.int64) * steps + step) * ROWS
+
+
+@triton.jit
+def tile_at(first, pixels, channels, column, ROWS: tl.constexpr):
+    """Offset of pixel `first` in a part, places (ROWS, COLS) from there, which of them exist."""
+    row = tl.arange(0, ROWS)
+    mask = (first + row < pixels)[:, None] & (column < channels)[None, :]
+    return first * channels, row[:, None] * channels + column[None, :], mask
+
+
+@triton.jit
+def load_float(at, mask):
+    """float32; 0 where masked."""
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_as(at, value, mask):
+    """In the type of the memory."""
+    tl.store(at, value.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_statistics(to, mean, squares, count, column, channels):
+    """Merges the rows of `mean` and `squares` (ROWS, COLS), each of `count` (ROWS,) values, into
+    one mean and sum of squared deviations, `to` (2, C).
+
+    The mean is corrected once, so that equal values have no deviation.
+    """
+    each = count[:, None]
+    total = tl.maximum(tl.sum(count, axis=0), 1.0)
+    middle = tl.sum(mean * each, axis=0) / total
+    middle += tl.sum((mean - middle[None, :]) * each, axis=0) / total
+    rest = mean - middle[None, :]
+    inside = column < channels
+    tl.store(to + column, middle, mask=inside)
+    tl.store(to + channels + column, tl.sum(squares + rest * rest * each, axis=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def statistics_kernel(
+    x, x_stride, partials, pixels, channels, steps, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """partials: (P, blocks, 2, C), for `merged_statistics`."""
+    part = tl.program_id(1).to(tl.int64)
+    block, column = place(channels, COLS)
+    mean = tl.zeros((ROWS, COLS), tl.float32)
+    squares = tl.zeros((ROWS, COLS), tl.float32)
+    for step in tl.range(steps):
+        first = rows_of(block, step, steps, ROWS)
+        start, places, mask = tile_at(first, pixels, channels, column, ROWS)
+        value = load_float(x + part * x_stride + start + places, mask)
+        distance = tl.where(mask, value - mean, 0.0)
+        mean += distance / (step + 1).to(tl.float32)
+        squares += distance * tl.where(mask, value - mean, 0.0)
+    rest = pixels - rows_of(block, 0, steps, ROWS) - tl.arange(0, ROWS)
+    count = tl.minimum(tl.maximum((rest + ROWS - 1) // ROWS, 0), steps).to(tl.float32)
+    blocks = tl.num_programs(0) // tl.cdiv(channels, COLS)
+    to = partials + (part * blocks + block) * 2 * channels
+    store_statistics(to, mean, squares, count, column, channels)
+
+
+@triton.jit
+def merged_statistics(
+    partials, part, pixels, per_block, blocks, channels, column, ROWS: tl.constexpr
+):
+    """Mean and biased variance (COLS,), float64, of a part's pixels from `partials` (P, blocks, 2,
+    C), each block but the last of `per_block` pixels: sums about the first block's mean."""
+    inside = column < channels
+    start = partials + part * blocks * 2 * channels + column
+    pivot = tl.load(start, mask=inside, other=0.0).to(tl.float64)
+    total = tl.zeros((ROWS, column.shape[0]), tl.float64)
+    squares = tl.zeros((ROWS, column.shape[0]), tl.float64)
+    for begin in range(0, blocks, ROWS):
+        block = (begin + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (block < blocks)[:, None] & inside[None, :]
+        at = start[None, :] + (block * 2 * channels)[:, None]
+        count = tl.minimum(pixels - block * per_block, per_block).to(tl.float64)[:, None]
+        distance = tl.load(at, mask=mask, other=0.0).to(tl.float64) - pivot[None, :]
+        distance = tl.where(mask, distance, 0.0)
+        total += distance * count
+        squares += tl.load(at + channels, mask=mask, other=0.0).to(tl.float64)
+        squares += distance * distance * count
+    shift = tl.sum(total, axis=0) / pixels
+    spread = tl.sum(squares, axis=0) / pixels - shift * shift
+    return pivot + shift, tl.where(spread < 0, 0.0, spread)  # NaN stays
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def merge_statistics_kernel(
+    partials, mean, var, pixels, per_block, blocks, channels,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """mean, var: (P, C); see `merged_statistics`."""
+    part = tl.program_id(1).to(tl.int64)
+    _, column = place(channels, COLS)
+    own_mean, own_var = merged_statistics(
+        partials, part, pixels, per_block, blocks, channels, column, ROWS
+    )
+    to = part * channels + column
+    tl.store(mean + to, own_mean.to(tl.float32), mask=column < channels)
+    tl.store(var + to, own_var.to(tl.float32), mask=column < channels)
+
+
+def tile_of(channels: int, elements: int) -> dict[str, int]:
+    """ROWS and COLS of a program that holds so many elements, with the fewest idle lanes."""
+    widths = [width for width in WIDTHS if width <= channels]
+    widths = widths or [triton.next_power_of_2(channels)]
+    columns = min(widths, key=lambda width: triton.cdiv(channels, width) * width)
+    return {"ROWS": elements // columns, "COLS": columns}
+
+
+def grid_of(blocks: int, parts: int, channels: int, tile: dict[str, int]) -> tuple[int, int]:
+    """See `place`; parts on the second axis."""
+    return blocks * triton.cdiv(channels, tile["COLS"]), parts
+
+
+def blocks_of(
+    rows: int, parts: int, channels: int, tile: dict[str, int]
+) -> tuple[dict[str, int], int, int]:
+    """The tile, the steps of a program over so many rows, and the programs per part and channels;
+    by shapes alone, as the order of the sums depends on them."""
+    tiles = triton.cdiv(rows, tile["ROWS"])
+    programs, _ = grid_of(tiles, parts, channels, tile)
+    steps = max(1, programs * parts // PROGRAMS)
+    return tile, steps, triton.cdiv(tiles, steps)
+
+
+def merge_tile(channels: int, elements: int = TILE_MERGE) -> dict[str, int]:
+    """ROWS and COLS of a program that merges what others left."""
+    columns = min(16, triton.next_power_of_2(channels))
+    return {"ROWS": elements // columns, "COLS": columns}
+
+
+def new_partials(shape: Sequence[int], like: Tensor) -> Tensor:
+    """What programs leave for a second kernel to add up, float32."""
+    return torch.empty(tuple(shape), dtype=torch.float32, device=like.device)
+
+
+def statistics_blocks(p: int, pixels: int, c: int) -> tuple[dict[str, int], int, int]:
+    """Tile, steps and programs per part and channels of `statistics_kernel`."""
+    return blocks_of(pixels, p, c, tile_of(c, TILE_STATS))
+
+
+def launch_statistics(x: Tensor) -> tuple[Tensor, int]:
+    """Launch `statistics_kernel` on the current stream for x (P, N, C, H, W), which has pixels. The
+    partial statistics (P, blocks, 2, C), and the pixels of each."""
+    p, n, c, h, w = x.shape
+    tile, steps, blocks = statistics_blocks(p, n * h * w, c)
+    partials = new_partials((p, blocks, 2, c), x)
+    statistics_kernel[grid_of(blocks, p, c, tile)](
+        x, x.stride(0), partials, n * h * w, c, steps, **tile,
+        num_warps=NUM_WARPS_STATS, **OPTIONS,
+    )  # fmt: skip
+    return partials, steps * tile["ROWS"]
+
+
+def launch_merge_statistics(
+    partials: Tensor, mean: Tensor, var: Tensor, pixels: int, per_block: int
+) -> None:
+    """Launch `merge_statistics_kernel` on the current stream; writes `mean` and `var` (P, C)."""
+    p, blocks, _, c = partials.shape
+    tile = merge_tile(c)
+    merge_statistics_kernel[grid_of(1, p, c, tile)](
+        partials, mean, var, pixels, per_block, blocks, c, **tile,
+        num_warps=NUM_WARPS_MERGE, **OPTIONS,
+    )  # fmt: skip

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pnfs.costs import count_costs
     from pnfs.errors import PnfsError
     from pnfs.estimator import PoseEstimator
+    from pnfs.export import export_onnx, export_program
     from pnfs.folding import fold
     from pnfs.model import PoseNet, build_model
     from pnfs.pruning import prune
@@ -39,6 +40,8 @@ _EXPORTS = {
     "build_model": "model",
     "count_costs": "costs",
     "dump_config": "config",
+    "export_onnx": "export",
+    "export_program": "export",
     "fold": "folding",
     "list_presets": "config",
     "load_config": "config",
@@ -57,6 +60,8 @@ __all__ = [
     "compat",
     "count_costs",
     "dump_config",
+    "export_onnx",
+    "export_program",
     "fold",
     "kernels",
     "list_presets",

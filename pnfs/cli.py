@@ -304,6 +304,28 @@ def plot(
 
 @app.command()
 @_plain_errors
+def export(
+    run: Run,
+    onnx: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write ONNX, as in model.onnx.")
+    ] = None,
+    program: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a program of torch.export, as in model.pt2."),
+    ] = None,
+    data: Data = None,
+) -> None:
+    """Write a model for other runtimes, folded, for any batch size; checked after writing.
+
+    Example: pnfs export runs/a --onnx model.onnx
+    """
+    from pnfs.commands import export_command
+
+    export_command(run, onnx=onnx, program=program, data=data)
+
+
+@app.command()
+@_plain_errors
 def info() -> None:
     """Show versions, what was compiled and why not the rest, backends per op, and devices."""
     from pnfs.info import print_info

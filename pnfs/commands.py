@@ -14,6 +14,7 @@ from pnfs.data import load_people, make_loader
 from pnfs.errors import PnfsError, did_you_mean
 from pnfs.estimator import PoseEstimator
 from pnfs.evaluation import EvalResult, evaluate
+from pnfs.export import ExportReport, export_onnx, export_program
 from pnfs.predict import PredictReport, predict
 from pnfs.pruning import PruningReport, prune
 from pnfs.runlog import discard_run, open_run, run_config, write_record
@@ -24,7 +25,7 @@ from pnfs.train import train
 DATASETS = ("coco", "mpii", "synthetic")
 DEFAULT_PRESET = "tiny"
 PRUNING = "pruning.json"
-PRUNING_IMAGES = 4  # real inputs that a pruned model is verified on
+CHECKED_IMAGES = 4  # real inputs that pruned and exported models are verified on
 
 
 def data_overrides(spec: str) -> list[str]:
@@ -187,10 +188,41 @@ def prune_command(
     return report
 
 
+def export_command(
+    run: Path, *, onnx: Path | None, program: Path | None, data: str | None
+) -> list[ExportReport]:
+    """`pnfs export`: load, write, check on the run's own images, and say it.
+
+    Raises:
+        PnfsError: no such run, no file to write, a missing package, a failed check.
+    """
+    if onnx is None and program is None:
+        raise PnfsError("nothing to export; give --onnx FILE or --program FILE")
+    keep_heap()
+    config, _ = read_metadata(find_weights(run))
+    images: Tensor | None = None
+    try:
+        images = _some_images(override_config(config, data_overrides(data) if data else []))
+    except PnfsError as error:
+        if data:
+            raise
+        print(f"note: checked on random images, not on the run's ({error})")
+    model = load_model(run)
+    reports = []
+    if onnx is not None:
+        profile = config.data.profile
+        reports.append(export_onnx(model, onnx, images, profile=profile, source=str(run)))
+    if program is not None:
+        reports.append(export_program(model, program, images))
+    for report in reports:
+        print(report.text())
+    return reports
+
+
 def _some_images(config: Config) -> Tensor:
     """Network inputs of the first people of the run's val split, (N, 3, H, W)."""
     people = load_people(config.data, config.model.skeleton_table, "val")
-    small = config.eval.model_copy(update={"batch_size": PRUNING_IMAGES})
+    small = config.eval.model_copy(update={"batch_size": CHECKED_IMAGES})
     one_process = config.data.model_copy(update={"workers": 0})
     few = config.model_copy(update={"eval": small, "data": one_process})
     batch = next(iter(make_loader(people, few, train=False)))

@@ -22,7 +22,7 @@ from pnfs.errors import PnfsError
 from pnfs.runlog import run_config
 from pnfs.train import train
 
-COMMANDS = ("demo", "train", "eval", "predict", "plot", "prune", "info")
+COMMANDS = ("demo", "train", "eval", "predict", "plot", "prune", "export", "info")
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,33 @@ def test_a_run_is_pruned_and_the_result_predicts_scores_and_trains_on(
     assert "not empty" in capsys.readouterr().err
 
 
+def test_a_run_and_its_pruned_form_are_exported(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    small, file, program = tmp_path / "small", tmp_path / "new" / "a.onnx", tmp_path / "a.pt2"
+    assert call("prune", str(run), "--out", str(small), "--threshold", "0.3") == 0
+    assert call("export", str(run), "--onnx", str(file)) == 0
+    shown = capsys.readouterr().out
+    assert f"{file}: " in shown and "checked in batches of 4 and 1" in shown
+    both = ("--onnx", str(tmp_path / "small.onnx"), "--program", str(program))
+    assert call("export", str(small), *both) == 0
+    assert (tmp_path / "small.onnx").is_file() and program.is_file()
+    session = runtime.InferenceSession(str(file))
+    assert session.get_modelmeta().custom_metadata_map["source"] == str(run)
+
+    def no_data(config: object) -> None:
+        raise PnfsError("no such folder")
+
+    monkeypatch.setattr("pnfs.commands._some_images", no_data)
+    assert call("export", str(run), "--onnx", str(file)) == 0
+    assert "random images, not on the run's (no such folder)" in capsys.readouterr().out
+
+
 def test_plot_names_the_pictures(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +213,8 @@ def test_info_shows_backends(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "."], "not a run with a model"),
         (["predict", "missing", "a.jpg"], "no such run folder or file"),
         (["plot", "missing"], "no such run folder or file"),
+        (["export", "missing", "--onnx", "a.onnx"], "no such run folder or file"),
+        (["export", "missing"], "nothing to export; give --onnx FILE"),
         (["demo", "--out", "file/demo"], "cannot be written"),
     ],
 )

@@ -28,6 +28,7 @@ from pnfs.kernels.folded_program import (
     Load,
     Pool,
     Program,
+    Step,
     out_buffer,
     parse,
     plan,
@@ -100,123 +101,183 @@ def unpack(weights: Tensor, offset: int, outputs: int, depth: int) -> Tensor:
 
 def folded_network_reference(inputs: Sequence[Tensor], weights: Tensor, program: str) -> Tensor:
     """The definition; see `Conv`, `Pool` and `Head`."""
-    return _Interpreter(parse(program), inputs, weights).run()
+    known = parse(program)
+    size = (inputs[0].shape[2], inputs[0].shape[3])
+    return run_program(known, inputs, [step_tensors(known, s, weights, size) for s in known.steps])
 
 
-class _Interpreter:
-    def __init__(self, program: Program, inputs: Sequence[Tensor], weights: Tensor) -> None:
-        self.program, self.inputs, self.weights = program, inputs, weights
-        self.maps: dict[int, Tensor] = {}
+StepTensors = dict[str, Tensor]  # what a step needs of the weights, as torch's functions take it
 
-    def run(self) -> Tensor:
-        scores: Tensor | None = None
-        for step in self.program.steps:
-            if isinstance(step, Load):
-                self.write(step.out, self.inputs[step.source])
-            elif isinstance(step, Conv):
-                self.write(step.out, self.conv(step))
-            elif isinstance(step, Pool):
-                self.write(step.out, self.pool(step))
-            else:
-                scores = self.head(step)
-        assert scores is not None
-        return scores
 
-    def read(self, buffer: int) -> Tensor:
-        view = self.program.buffers[buffer]
-        if view.parent == NONE:
-            return self.maps[buffer]
-        return self.maps[view.parent][:, view.offset : view.offset + view.channels]
+def step_tensors(
+    program: Program, step: Step, weights: Tensor, size: tuple[int, int]
+) -> StepTensors:
+    """Kernels, biases and scales of a step.
 
-    def write(self, buffer: int, x: Tensor) -> None:
-        view = self.program.buffers[buffer]
-        if view.parent == NONE:
-            self.maps[buffer] = x
-            return
-        if view.parent not in self.maps:
-            channels = self.program.buffers[view.parent].channels
-            self.maps[view.parent] = x.new_zeros(x.shape[0], channels, *x.shape[2:])
-        self.read(buffer).copy_(x)
+    Args:
+        weights: all of the program's.
+        size: (height, width) of the first input in pixels.
 
-    def vector(self, offset: int, count: int) -> Tensor:
-        return self.weights[offset : offset + count]
+    Returns:
+        Of a `Conv` those that it has of: kernel, bias, expand, expand_bias, taps, taps_bias,
+        pre_scale, post_scale. Of a `Pool` scale, shift, post_scale. Of a `Head` weight0, bias0, ….
+    """
 
-    def size(self, buffer: int) -> tuple[int, int]:
-        shift = self.program.buffers[buffer].level - self.program.inputs[0]
-        return self.inputs[0].shape[2] >> shift, self.inputs[0].shape[3] >> shift
+    def vector(offset: int, count: int) -> Tensor:
+        return weights[offset : offset + count]
 
-    def conv(self, step: Conv) -> Tensor:
-        h, w = self.size(step.out)
-        total = self.bias(step, h, w)
-        if step.weight != NONE:
-            total = total + self.product(step)
-        if step.pre != NONE:
-            total = total + self.weights[step.pre_scale] * self.read(step.pre)
-        if step.up != NONE:
-            total = total + F.interpolate(
-                self.read(step.up), size=(h, w), mode="bilinear", align_corners=True
-            )
-        y = activate(total, step.act)
-        if step.post != NONE:
-            y = y + self.weights[step.post_scale] * self.read(step.post)
-        return y.expand(self.inputs[0].shape[0], -1, h, w)
+    def scalars(step: Conv | Pool, *names: str) -> StepTensors:
+        offsets = {name: getattr(step, name) for name in names}
+        return {name: weights[at] for name, at in offsets.items() if at != NONE}
 
-    def bias(self, step: Conv, h: int, w: int) -> Tensor:
-        if not step.borders:
-            return self.vector(step.bias, step.outputs)[None, :, None, None]
-        rows = [round_up(step.outputs) * i + step.bias for i in range(4)]
-        interior, left, top, corner = (self.vector(at, step.outputs) for at in rows)
-        bias = interior[:, None, None].repeat(1, h, w)
-        bias[:, :, 0] = left[:, None]
-        bias[:, 0] = top[:, None]
-        bias[:, 0, 0] = corner
-        return bias[None]
-
-    def product(self, step: Conv) -> Tensor:
-        x = self.read(step.source)
+    if isinstance(step, Conv):
+        found = scalars(step, "pre_scale", "post_scale")
+        found["bias"] = _bias(program, step, weights, size)
+        if step.weight == NONE:
+            return found
         if step.expand != NONE:
-            matrix = unpack(self.weights, step.expand, step.channels, x.shape[1])
-            bias = self.vector(step.expand_bias, step.channels)
-            x = activate(F.conv2d(x, matrix[:, :, None, None], bias), step.expand_act)
-        stride = step.stride
+            channels = program.buffers[step.source].channels
+            matrix = unpack(weights, step.expand, step.channels, channels)
+            found |= {
+                "expand": matrix[:, :, None, None],
+                "expand_bias": vector(step.expand_bias, step.channels),
+            }
         if step.taps != NONE:
             c, padded = step.channels, round_up(step.channels)
-            taps = self.vector(step.taps, 9 * padded).view(9, padded)[:, :c].t().reshape(c, 1, 3, 3)
-            bias = self.vector(step.taps_bias, c)
-            x = F.conv2d(x, taps, bias, stride, step.dilation, step.dilation, groups=c)
-            x, stride = activate(x, step.taps_act), 1
+            taps = vector(step.taps, 9 * padded).view(9, padded)[:, :c].t().reshape(c, 1, 3, 3)
+            found |= {"taps": taps, "taps_bias": vector(step.taps_bias, c)}
         k = step.kernel
-        matrix = unpack(self.weights, step.weight, step.outputs, k * k * step.channels)
-        kernel = matrix.view(step.outputs, k, k, step.channels).permute(0, 3, 1, 2)
-        return F.conv2d(x, kernel, None, stride, k // 2)
-
-    def pool(self, step: Pool) -> Tensor:
-        x = self.read(step.source)
-        if step.largest:
-            pooled = F.max_pool2d(x, 3, 1, 1)
-        else:
-            pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        c = x.shape[1]
-        scale, shift = (self.vector(at, c)[:, None, None] for at in (step.scale, step.shift))
-        y = scale * pooled + shift
-        if step.post != NONE:
-            y = y + self.weights[step.post_scale] * self.read(step.post)
-        return y
-
-    def head(self, step: Head) -> Tensor:
-        maps: list[list[Tensor]] = [[] for _ in range(self.program.keypoints)]
-        for source, weight, bias, keypoints in zip(
-            step.sources, step.weights, step.biases, step.keypoints, strict=True
+        matrix = unpack(weights, step.weight, step.outputs, k * k * step.channels)
+        found["kernel"] = matrix.view(step.outputs, k, k, step.channels).permute(0, 3, 1, 2)
+        return found
+    if isinstance(step, Pool):
+        c = program.buffers[step.source].channels
+        found = {name: vector(getattr(step, name), c)[:, None, None] for name in ("scale", "shift")}
+        return found | scalars(step, "post_scale")
+    if isinstance(step, Head):
+        found = {}
+        for i, (source, weight, bias, keypoints) in enumerate(
+            zip(step.sources, step.weights, step.biases, step.keypoints, strict=True)
         ):
-            x = self.read(source)
             rows = len(keypoints) * step.depth
-            matrix = unpack(self.weights, weight, rows, x.shape[1])[:, :, None, None]
-            v = F.conv2d(x, matrix, self.vector(bias, rows)).unflatten(1, (-1, step.depth))
-            squared = v.square().sum(2)
-            scores = v.squeeze(2) if step.depth == 1 else squared / (1 + squared)
-            for keypoint, score in zip(keypoints, scores.unbind(1), strict=True):
-                maps[keypoint].append(score)
-        return torch.stack([sum(terms[1:], terms[0]) for terms in maps], dim=1)
+            matrix = unpack(weights, weight, rows, program.buffers[source].channels)
+            found |= {f"weight{i}": matrix[:, :, None, None], f"bias{i}": vector(bias, rows)}
+        return found
+    return {}
+
+
+def _bias(program: Program, step: Conv, weights: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1, outputs, 1, 1), or with borders (1, outputs, height, width)."""
+    if not step.borders:
+        return weights[step.bias : step.bias + step.outputs][None, :, None, None]
+    shift = program.buffers[step.out].level - program.inputs[0]
+    rows = [round_up(step.outputs) * i + step.bias for i in range(4)]
+    interior, left, top, corner = (weights[at : at + step.outputs] for at in rows)
+    bias = interior[:, None, None].repeat(1, size[0] >> shift, size[1] >> shift)
+    bias[:, :, 0] = left[:, None]
+    bias[:, 0] = top[:, None]
+    bias[:, 0, 0] = corner
+    return bias[None]
+
+
+def run_program(
+    program: Program, inputs: Sequence[Tensor], tensors: Sequence[StepTensors]
+) -> Tensor:
+    """The scores, in plain torch functions that write nothing in place: these can be traced.
+
+    Args:
+        tensors: per step what `step_tensors` gives; a scale that is left out is 1.
+    """
+    maps: dict[int, Tensor] = {}
+    for step, own in zip(program.steps, tensors, strict=True):
+        if isinstance(step, Load):
+            y = inputs[step.source]
+        elif isinstance(step, Conv):
+            y = _conv(program, step, own, maps, inputs[0])
+        elif isinstance(step, Pool):
+            y = _pool(program, step, own, maps)
+        else:
+            return _head(program, step, own, maps)
+        maps[step.out] = y
+        maps.pop(program.buffers[step.out].parent, None)  # if it was read, then before this
+    raise PnfsError("a program ends in a head")
+
+
+def _read(program: Program, maps: dict[int, Tensor], buffer: int) -> Tensor:
+    """A buffer's map; one whose views were written is put together of them and of zeros."""
+    if buffer in maps:
+        return maps[buffer]
+    buffers = program.buffers
+    views = sorted((view.offset, i) for i, view in enumerate(buffers) if view.parent == buffer)
+    ends = [*(offset for offset, _ in views[1:]), buffers[buffer].channels]
+    pieces = []
+    for (offset, number), end in zip(views, ends, strict=True):
+        gap = end - offset - buffers[number].channels
+        pieces.append(F.pad(maps[number], (0, 0, 0, 0, 0, gap)) if gap else maps[number])
+    maps[buffer] = torch.cat(pieces, dim=1)
+    return maps[buffer]
+
+
+def _conv(
+    program: Program, step: Conv, own: StepTensors, maps: dict[int, Tensor], first: Tensor
+) -> Tensor:
+    total = own["bias"]
+    if step.weight != NONE:
+        x, stride = _read(program, maps, step.source), step.stride
+        if step.expand != NONE:
+            x = activate(F.conv2d(x, own["expand"], own["expand_bias"]), step.expand_act)
+        if step.taps != NONE:
+            taps, d, c = own["taps"], step.dilation, step.channels
+            x = F.conv2d(x, taps, own["taps_bias"], stride, d, d, groups=c)
+            x, stride = activate(x, step.taps_act), 1
+        # the usual bias belongs to the convolution: engines then see one operation
+        bias = None if step.borders else total.flatten()
+        y = F.conv2d(x, own["kernel"], bias, stride, step.kernel // 2)
+        total = y + total if step.borders else y
+    if step.pre != NONE:
+        total = total + _scaled(own, "pre_scale", _read(program, maps, step.pre))
+    if step.up != NONE:
+        total = total + upsampled(_read(program, maps, step.up))
+    y = activate(total, step.act)
+    if step.post != NONE:
+        y = y + _scaled(own, "post_scale", _read(program, maps, step.post))
+    if step.weight == step.pre == step.up == step.post == NONE:
+        shift = program.buffers[step.out].level - program.inputs[0]
+        y = y.expand(first.shape[0], -1, first.shape[2] >> shift, first.shape[3] >> shift)
+    return y
+
+
+def _scaled(own: StepTensors, name: str, x: Tensor) -> Tensor:
+    return own[name] * x if name in own else x
+
+
+def upsampled(x: Tensor) -> Tensor:
+    """(N, C, h, w) → (N, C, 2 h, 2 w), bilinear with aligned corners."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+def _pool(program: Program, step: Pool, own: StepTensors, maps: dict[int, Tensor]) -> Tensor:
+    x = _read(program, maps, step.source)
+    if step.largest:
+        pooled = F.max_pool2d(x, 3, 1, 1)
+    else:
+        pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    y = own["scale"] * pooled + own["shift"]
+    if step.post != NONE:
+        y = y + _scaled(own, "post_scale", _read(program, maps, step.post))
+    return y
+
+
+def _head(program: Program, step: Head, own: StepTensors, maps: dict[int, Tensor]) -> Tensor:
+    found: list[list[Tensor]] = [[] for _ in range(program.keypoints)]
+    for i, (source, keypoints) in enumerate(zip(step.sources, step.keypoints, strict=True)):
+        x = _read(program, maps, source)
+        v = F.conv2d(x, own[f"weight{i}"], own[f"bias{i}"]).unflatten(1, (-1, step.depth))
+        squared = v.square().sum(2)
+        scores = v.squeeze(2) if step.depth == 1 else squared / (1 + squared)
+        for keypoint, score in zip(keypoints, scores.unbind(1), strict=True):
+            found[keypoint].append(score)
+    return torch.stack([sum(terms[1:], terms[0]) for terms in found], dim=1)
 
 
 def activate(x: Tensor, act: int) -> Tensor:

@@ -22,7 +22,7 @@ from pnfs.checkpoint import load_optimizer
 from pnfs.config import Config
 from pnfs.data import Batch
 from pnfs.head import pose_loss
-from pnfs.search import StepContext, Strategy
+from pnfs.search import StepContext, Strategy, decay_gradients
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -91,12 +91,15 @@ class Stepper:
         """Calls `strategy.prepare`; the model must be on `device` already."""
         self.config, self.model, self.strategy, self.device = config, model, strategy, device
         groups = strategy.prepare(model)
-        decay = config.train.weight_decay, config.search.weight_decay or 0.0
-        by_decay = list(zip((groups.weights, groups.architecture), decay, strict=True))
+        by_decay = (groups.weights, config.train.weight_decay), (groups.architecture, 0.0)
         self.optimizer = torch.optim.Adam(
             [{"params": params, "weight_decay": decay} for params, decay in by_decay if params],
             lr=config.train.lr,
             fused=True,
+        )
+        decay = config.search.weight_decay or 0.0
+        self.optimizer.register_step_pre_hook(
+            lambda *_: decay_gradients(groups.architecture, decay)
         )
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.dtype = PRECISIONS[config.train.precision]

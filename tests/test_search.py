@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,23 +10,22 @@ import torch
 from runs import rows_of, small_config, state_of
 from torch import nn
 
+from pnfs.checkpoint import load_model
 from pnfs.config import Config
 from pnfs.costs import count_costs
 from pnfs.errors import PnfsError
-from pnfs.kernels import use_backend
 from pnfs.model import PoseNet, build_model
 from pnfs.pruning import prune
 from pnfs.search import (
     STRATEGIES,
     Monitor,
-    StepContext,
     build_strategy,
+    decay_gradients,
     expected_macs,
     find_fabrics,
     load_architecture,
     save_architecture,
 )
-from pnfs.steps import Stepper
 from pnfs.train import train
 
 
@@ -88,8 +88,6 @@ def test_training_moves_architecture_parameters_only_where_it_should(
     config = small_config(tmp_path / "people", f"search.strategy={name}", "train.weight_decay=0.1")
     train(config, tmp_path / "a", quiet=True, stop_at=1)
     train(config, tmp_path / "b", quiet=True, stop_at=3)
-    from pnfs.checkpoint import load_model
-
     early, late = (
         [p.detach() for p in load_model(tmp_path / run).architecture_parameters()]
         for run in ("a", "b")
@@ -126,84 +124,6 @@ def test_a_resumed_search_equals_an_uninterrupted_one_bit_for_bit(
     assert tensors.keys() == others.keys() and tree == other_tree
     assert [key for key in tensors if not torch.equal(tensors[key], others[key])] == []
     assert rows_of(whole) == rows_of(parts)
-
-
-class Inputs:
-    """A float64 batch that is on the device already."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.pixels = torch.randn(3, 3, *size, dtype=torch.float64)
-        self.joints = torch.rand(3, 17, 2, dtype=torch.float64) * 64
-        self.weights = torch.ones(3, 17, dtype=torch.float64)
-
-    def images(self, **_: object) -> torch.Tensor:
-        return self.pixels
-
-
-@pytest.mark.parametrize("clip", ["null", "1e-4"])
-def test_second_order_is_the_gradient_through_one_step_of_adam(clip: str) -> None:
-    settings = [f"train.grad_clip={clip}", "train.weight_decay=0.01"]
-    config = config_for("second-order", *settings)
-    torch.set_default_dtype(torch.float64)
-    try:
-        model = build_model(config.model).double()
-        strategy = build_strategy(config)
-        strategy.EPSILON = 1e-4  # type: ignore[attr-defined]
-        stepper = Stepper(config, model, strategy, torch.device("cpu"))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    with torch.no_grad():  # away from the flat start
-        for parameter in strategy.architecture:
-            parameter.normal_()
-    seen, held = Inputs(config.model.input_size), Inputs(config.model.input_size)
-    rate, limit, group = 1e-3, config.train.grad_clip, stepper.optimizer.param_groups[0]
-    (b1, b2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
-    m, v = {}, {}
-    for p in stepper.trained:  # moments as of a run under way, three steps old
-        m[p], v[p] = torch.randn_like(p) * 1e-3, torch.rand_like(p) * 1e-5 + 1e-7
-        stepper.optimizer.state[p] = {
-            "step": torch.tensor(3.0), "exp_avg": m[p].clone(), "exp_avg_sq": v[p].clone()
-        }  # fmt: skip
-    before = [p.detach().clone() for p in model.parameters()]
-    buffers = [b.clone() for b in model.buffers()]
-    with use_backend("torch"):
-        context = StepContext(
-            3, 10, rate, rate, stepper.optimizer, [seen], lambda: held, stepper.gradients
-        )
-        ours = strategy.hypergradient(context, [held])  # type: ignore[attr-defined]
-        assert all(map(torch.equal, before, model.parameters()))
-        assert all(map(torch.equal, buffers, model.buffers()))
-
-        alpha = strategy.architecture
-        for p in alpha:
-            p.requires_grad_(True)
-        names = {p: n for n, p in stepper.loss_module.named_parameters()}
-
-        def loss(batch: Inputs, values: dict[str, torch.Tensor]) -> torch.Tensor:
-            arguments = (batch.pixels, batch.joints, batch.weights)
-            return torch.func.functional_call(stepper.loss_module, values, arguments)
-
-        grads = torch.autograd.grad(
-            loss(seen, {}), stepper.trained, create_graph=True, allow_unused=True
-        )
-        used = [(p, g) for p, g in zip(stepper.trained, grads, strict=True) if g is not None]
-        if limit is not None:
-            norm = torch.stack([g.square().sum() for _, g in used]).sum().sqrt()
-            assert norm > limit
-            used = [(p, g * limit / (norm + 1e-6)) for p, g in used]
-        moved = {}
-        for p, g in used:
-            g = g + decay * p.detach()
-            first, second = b1 * m[p] + (1 - b1) * g, b2 * v[p] + (1 - b2) * g * g
-            denominator = (second / (1 - b2**4)).sqrt() + eps
-            moved[names[p]] = p.detach() - rate * first / (1 - b1**4) / denominator
-        true = torch.autograd.grad(loss(held, moved), alpha, allow_unused=True)
-        direct = stepper.gradients([held], alpha)
-    pairs = [(x, y, z) for x, y, z in zip(ours, true, direct, strict=True) if y is not None]
-    assert pairs
-    x, y, z = (torch.cat([group[i].flatten() for group in pairs]) for i in range(3))
-    assert (x - y).norm() < 1e-4 * y.norm()
-    assert (y - z).norm() > 10 * (x - y).norm()  # the second-order term is in it
 
 
 def test_an_architecture_goes_to_a_file_and_back_exactly(tmp_path: Path) -> None:
@@ -256,3 +176,67 @@ def test_rows_about_a_pruned_model_know_its_live_cells_alone() -> None:
     row = Monitor(model).row()
     assert row["alpha_entropy"] == row["beta_entropy"] == 0
     assert row["skip_share"] == 1 and row["zero_share"] == 0
+
+
+@pytest.mark.parametrize("decay", ["null", "0.01"])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "random"])
+def test_masked_operations_and_inputs_stay_masked_and_the_rest_is_trained(
+    tmp_path: Path, name: str, decay: str
+) -> None:
+    """A logit of minus infinity, as pruning writes it, under every optimiser and the noise."""
+    model, path = build_model(config_for("none").model), tmp_path / "masked.json"
+    with torch.no_grad():
+        for fabric in find_fabrics(model).values():
+            if fabric.alpha.shape[-1] > 2:  # of two, one alone would be left and nothing to train
+                fabric.alpha[..., -1] = -torch.inf
+            fabric.beta[:, 0::2, 1] = -torch.inf
+    save_architecture(model, path, {})
+    settings = [f"search.strategy={name}", f"search.architecture={path}", "train.grad_clip=1"]
+    settings += [f"search.weight_decay={decay}", "search.macs_penalty=0.1"]
+    config = small_config(tmp_path / "people", *settings)
+    result = train(config, tmp_path / "run", quiet=True)
+    assert rows_of(result.run, "train")[-1]["skipped_steps"] == 0
+    trained = load_model(result.run)
+    assert all(parameter.isfinite().all() for parameter in weights_of(trained))
+    pairs = zip(trained.architecture_parameters(), model.architecture_parameters(), strict=True)
+    for after, before in pairs:
+        masked = before.isneginf()
+        assert torch.equal(after.isneginf(), masked)
+        assert after[~masked].isfinite().all()
+        assert (name == "none") or not torch.equal(after[~masked], before[~masked])
+    state = state_of(result.run)[0]
+    moments = [value for key, value in state.items() if "exp_avg" in key]
+    assert moments and all(value.isfinite().all() for value in moments)
+
+
+def weights_of(model: nn.Module) -> list[nn.Parameter]:
+    known = set(ids(model.architecture_parameters()))  # type: ignore[operator]
+    return [parameter for parameter in model.parameters() if id(parameter) not in known]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_decay_of_the_architecture_is_that_of_adam(weight: float) -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(3, 4), torch.randn(5, 3, 4)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    plain, decaying = torch.optim.Adam([ours]), torch.optim.Adam([theirs], weight_decay=weight)
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        decay_gradients([ours], weight)
+        plain.step()
+        decaying.step()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("row", [["-inf", "-inf", "-inf"], ["inf", 0.0, 0.0], ["nan", 0.0, 0.0]])
+def test_an_architecture_without_any_mix_is_refused(tmp_path: Path, row: list[object]) -> None:
+    model, path = build_model(config_for("none").model), tmp_path / "file.json"
+    save_architecture(model, path, {})
+    tree = json.loads(path.read_text())
+    part = next(iter(model.config.part_table))
+    tree["fabrics"]["parts"]["parts"][part]["beta"][0] = row
+    path.write_text(json.dumps(tree))
+    with pytest.raises(
+        PnfsError, match=rf"{part}.beta must be numbers of shape .* not a whole row"
+    ):
+        load_architecture(model, path)

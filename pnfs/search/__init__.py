@@ -9,6 +9,7 @@ from pnfs.search.strategies import (
     StepContext,
     Strategy,
     build_strategy,
+    decay_gradients,
 )
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "StepContext",
     "Strategy",
     "build_strategy",
+    "decay_gradients",
     "expected_macs",
     "find_fabrics",
     "load_architecture",

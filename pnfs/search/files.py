@@ -83,10 +83,10 @@ def load_architecture(model: nn.Module, path: str | Path) -> None:
                     )
                 except (KeyError, TypeError, ValueError):
                     values = torch.empty(0)
-                if values.shape != own.shape or values.isnan().any():
+                if values.shape != own.shape or not values.softmax(-1).isfinite().all():
                     raise PnfsError(
                         f"{path}: fabrics.{which}.parts.{name}.{key} must be numbers of shape "
-                        f"{tuple(own.shape)}"
+                        f"{tuple(own.shape)}; -inf removes one, not a whole row"
                     )
                 new.append((own, values))
     for own, values in new:

@@ -20,20 +20,21 @@ class Monitor:
 
     @torch.no_grad()
     def row(self) -> dict[str, Any]:
-        """Means over all mixes of live cells: entropies in nats, shares of skip and zero. The norm
-        of the gradient (None where α and β have none). Per fabric softmax(α) (P, E, O) and
+        """Means over all mixes of live cells: entropies in nats, shares of skip and zero. Norms of
+        the gradients of α and β, together and apart, as their last step used them: with clipping,
+        penalty and decay (None where there are none). Per fabric softmax(α) (P, E, O) and
         softmax(β) (P, cells, 3)."""
         if not self.fabrics:
             return {}
         fabrics = self.fabrics.values()
-        gradients = [p.grad for f in fabrics for p in (f.alpha, f.beta) if p.grad is not None]
-        norm = torch.stack([g.norm() for g in gradients]).norm().item() if gradients else None
         return {
             "alpha_entropy": _mean([entropy(_live(f)[0]) for f in fabrics]),
             "beta_entropy": _mean([entropy(_live(f)[1]) for f in fabrics]),
             "skip_share": self.share("skip"),
             "zero_share": self.share("zero"),
-            "architecture_gradient": norm,
+            "architecture_gradient": _norm([p for f in fabrics for p in (f.alpha, f.beta)]),
+            "alpha_gradient": _norm([f.alpha for f in fabrics]),
+            "beta_gradient": _norm([f.beta for f in fabrics]),
             "fabrics": {
                 name: dict(zip(("alpha", "beta"), map(_rounded, f.mixing_weights()), strict=True))
                 for name, f in self.fabrics.items()
@@ -58,6 +59,12 @@ def _live(fabric: Fabric) -> tuple[Tensor, Tensor]:
     places = [(part, cell.row.beta_row) for cell in fabric.plan.cells for part in cell.parts]
     parts, rows = zip(*places, strict=True)
     return alpha[sorted(set(parts))], beta[list(parts), list(rows)]
+
+
+def _norm(parameters: list[nn.Parameter]) -> float | None:
+    """Of all their gradients together; None without any."""
+    norms = [p.grad.norm() for p in parameters if p.grad is not None]
+    return torch.stack(norms).norm().item() if norms else None
 
 
 def _mean(values: list[Tensor]) -> float:

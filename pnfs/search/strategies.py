@@ -28,7 +28,7 @@ class ParameterGroups:
     """What the weights' optimiser trains. `architecture` is empty where α, β are not in it.
 
     `train.weight_decay` holds for `weights` alone: pulling logits to zero would pull mixes to
-    uniform. α and β have `search.weight_decay`.
+    uniform. α and β have `search.weight_decay`, through `decay_gradients`.
     """
 
     weights: list[nn.Parameter]
@@ -60,6 +60,18 @@ class StepContext:
     batches: Sequence[Any]
     held: Callable[[], Any]
     gradients: Callable[[Sequence[Any], Sequence[Tensor]], list[Tensor | None]]
+
+
+@torch.no_grad()
+def decay_gradients(parameters: Sequence[Tensor], weight: float) -> None:
+    """Add weight · logit to the gradients of α and β, as Adam's own weight decay does.
+
+    A logit of −∞ masks its operation or input for good: its gradient stays zero, so that moments
+    and logit stay as they are. Adam's own decay would make it −∞ - ∞/∞, and the run NaN.
+    """
+    for parameter in parameters if weight else ():
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.masked_fill(parameter.isneginf(), 0.0), alpha=weight)
 
 
 class Strategy:
@@ -234,13 +246,8 @@ class FirstOrder(Strategy):
 
     def prepare(self, model: nn.Module) -> ParameterGroups:
         groups = super().prepare(model)
-        decay = self.config.search.weight_decay
         if self.architecture:
-            self.optimizer = torch.optim.Adam(
-                self.architecture,
-                betas=self.BETAS,
-                weight_decay=self.WEIGHT_DECAY if decay is None else decay,
-            )
+            self.optimizer = torch.optim.Adam(self.architecture, betas=self.BETAS)
         return groups
 
     def before_step(self, context: StepContext) -> None:
@@ -255,6 +262,8 @@ class FirstOrder(Strategy):
             return  # as a weights step without a finite gradient: nothing is updated
         for parameter, gradient in zip(self.architecture, gradients, strict=True):
             parameter.grad = gradient
+        decay = self.config.search.weight_decay
+        decay_gradients(self.architecture, self.WEIGHT_DECAY if decay is None else decay)
         for group in self.optimizer.param_groups:
             group["lr"] = context.architecture_rate
         self.optimizer.step()

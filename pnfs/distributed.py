@@ -84,8 +84,14 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     if world() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    add_over_ranks(total)
     return cast(list[float], total.tolist())
+
+
+def add_over_ranks(tensor: Tensor) -> None:
+    """Replace `tensor` by its sum over all ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
 
 
 def average_over_ranks(tensors: list[Tensor]) -> None:

@@ -1,13 +1,13 @@
 """One optimiser step: forward, loss, backward, gradient exchange, Adam; bad ones are undone.
 
 Everything that a step changes lives here (weights, running statistics, optimiser, loss scale), so a
-step whose loss or gradient is not finite leaves all of it as it was.
+step whose loss or gradient is not finite leaves all of it as it was. From the images to the updated
+weights nothing waits for the device: on a GPU that part is replayed as one CUDA graph (`capture`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pnfs import distributed
+from pnfs.capture import Captured, recorder_for
 from pnfs.checkpoint import load_optimizer
 from pnfs.config import Config
 from pnfs.data import Batch
@@ -101,6 +102,7 @@ class Stepper:
         self.optimizer.register_step_pre_hook(
             lambda *_: decay_gradients(groups.architecture, decay)
         )
+        self._own_rates()
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.dtype = PRECISIONS[config.train.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -108,6 +110,14 @@ class Stepper:
         # Running statistics as they were before a step: a non-finite batch must not leave its mark.
         self.buffers = list(model.buffers())
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        self.work = Captured(
+            self._compute,
+            recorder_for(device),
+            refused=self._reason_against_capture(),
+            after_failure=self._renew_scaler,
+        )
+        self._context: StepContext | None = None
+        self._told: str | None = None
 
     def connect(self) -> None:
         """Exchange gradients (and BN statistics if asked) with the other processes from now on."""
@@ -139,26 +149,65 @@ class Stepper:
             if gradient is None:
                 parameter.requires_grad_(False)
 
+    def _own_rates(self) -> None:
+        """Learning rates where a CUDA graph can read them; elsewhere they stay numbers."""
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self.device.type == "cuda"
+            rate = float(group["lr"])
+            group["lr"] = torch.tensor(rate, device=self.device) if group["capturable"] else rate
+
+    def _reason_against_capture(self) -> str | None:
+        if not self.config.train.cuda_graph:
+            return "train.cuda_graph is off"
+        if distributed.world() > 1:
+            return "several processes exchange gradients and statistics"
+        if not self.strategy.capturable:
+            return f"strategy {self.strategy.name} acts between backward pass and update"
+        return None
+
+    def _renew_scaler(self) -> None:
+        """A recording that broke off leaves the old one in the middle of a step."""
+        state = self.scaler.state_dict()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        if state:
+            self.scaler.load_state_dict(state)
+
+    def news(self) -> str | None:
+        """How steps run on a GPU, once when it is known and when it changes."""
+        if self.work.recorder is None:
+            return None
+        state = "each step is one CUDA graph" if self.work.recordings else None
+        if self.work.refused is not None:
+            state = f"steps are launched kernel by kernel: {self.work.refused}"
+        if state is None or state == self._told:
+            return None
+        self._told = state
+        return state
+
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])
+        return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         load_optimizer(self.optimizer, state["optimizer"])
+        self._own_rates()
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
-    def loss(self, batch: Batch, module: nn.Module | None = None) -> Tensor:
-        """The training loss of a batch that is on the device, with its graph.
-
-        Args:
-            module: what to call; default `loss_module`, through which gradients are exchanged.
-        """
-        config, module = self.config, module or self.loss_module
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (N, 3, H, W), joints and weights of a batch that is on the device."""
+        config = self.config
         images = batch.images(
             size=config.model.input_size, profile=config.data.profile, dtype=self.dtype
         )
+        return images, batch.joints, batch.weights
+
+    def loss(self, images: Tensor, joints: Tensor, weights: Tensor, module: nn.Module) -> Tensor:
+        """The training loss, with its graph; `module` is a `PoseLoss`, wrapped or not."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss: Tensor = module(images, batch.joints, batch.weights)
+            loss: Tensor = module(images, joints, weights)
         return loss
 
     def gradients(
@@ -179,7 +228,7 @@ class Stepper:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             for batch in batches:
-                loss = self.loss(batch, module) * (scale / len(batches))
+                loss = self.loss(*self.inputs(batch), module) * (scale / len(batches))
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
                 sums = [
                     new if old is None else old if new is None else old + new
@@ -216,7 +265,7 @@ class Stepper:
         started = time.monotonic()
         source = iter(batches)
         taken_batches = [next(source).to(self.device) for _ in range(count)]
-        waited, images = time.monotonic() - started, sum(map(len, taken_batches))
+        waited = time.monotonic() - started
         self._set_rates(learning_rate, rate)
 
         def next_held() -> Batch:
@@ -227,7 +276,7 @@ class Stepper:
             waited += time.monotonic() - asked
             return batch
 
-        context = StepContext(
+        self._context = StepContext(
             index,
             total,
             learning_rate,
@@ -237,36 +286,59 @@ class Stepper:
             next_held,
             self.gradients,
         )
-        self.strategy.before_step(context)
-        torch._foreach_copy_(self.buffers_before, self.buffers)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.device)
-        for i, batch in enumerate(taken_batches):
-            with self._exchange(last=i + 1 == count):
-                part = self.loss(batch) / count
-                self.scaler.scale(part).backward()
-            loss += part.detach()
-        total_loss, images_of_all = distributed.sum_over_ranks(
-            [loss.item(), float(images)], self.device
-        )
-        self.scaler.unscale_(self.optimizer)
-        self.strategy.after_backward(context)
-        taken = self._update(finite_loss=math.isfinite(total_loss))
+        self.strategy.before_step(self._context)
+        inputs = [tensor for batch in taken_batches for tensor in self.inputs(batch)]
+        (report,) = self.work(*inputs)
+        total_loss, images_of_all, taken = report.tolist()
+        self._context = None
+        if not taken:
+            torch._foreach_copy_(self.buffers, self.buffers_before)
         return StepResult(
             loss=total_loss / distributed.world(),
-            taken=taken,
+            taken=bool(taken),
             images=int(images_of_all),
             data_seconds=waited,
             compute_seconds=time.monotonic() - started - waited,
         )
 
+    def _compute(self, *inputs: Tensor) -> tuple[Tensor]:
+        """Images, joints and weights of each batch → one step, without waiting for the device.
+
+        Returns:
+            (3,) float64: loss and images, summed over the ranks; 1 if anything was updated, else 0,
+            and then the running statistics are still to be put back. Ranks agree on all three.
+        """
+        torch._foreach_copy_(self.buffers_before, self.buffers)
+        self.optimizer.zero_grad(set_to_none=True)
+        batches = list(zip(inputs[::3], inputs[1::3], inputs[2::3], strict=True))
+        loss = torch.zeros((), device=self.device)
+        for i, batch in enumerate(batches):
+            with self._exchange(last=i + 1 == len(batches)):
+                part = self.loss(*batch, self.loss_module) / len(batches)
+                self.scaler.scale(part).backward()
+            loss += part.detach()
+        images = sum(len(images) for images, _, _ in batches)
+        sums = torch.stack([loss.double(), torch.full_like(loss, images, dtype=torch.float64)])
+        distributed.add_over_ranks(sums)
+        self.scaler.unscale_(self.optimizer)
+        assert self._context is not None
+        self.strategy.after_backward(self._context)
+        norm = self._clip()
+        taken = torch.isfinite(sums[0]) & torch.isfinite(norm)
+        self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]  # it skips then
+        self.optimizer.step()
+        self.scaler.update()  # after an overflow of fp16 gradients this lowers the scale
+        return (torch.cat([sums, taken.double()[None]]),)
+
     def _set_rates(self, weights: float, architecture: float) -> None:
         """α and β, the second group if there is one, stand still once their search is over."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = weights
-        if len(self.optimizer.param_groups) > 1:
-            stopped = self.strategy.stopped_at is not None
-            self.optimizer.param_groups[1]["lr"] = 0.0 if stopped else architecture
+        stopped = self.strategy.stopped_at is not None
+        rates = (weights, 0.0 if stopped else architecture)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _exchange(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients travel with the last of the accumulated batches only."""
@@ -274,14 +346,11 @@ class Stepper:
             return self.loss_module.no_sync()
         return contextlib.nullcontext()
 
-    def _update(self, *, finite_loss: bool) -> bool:
-        """Clip and step, or undo the running statistics; ranks see equal gradients and agree."""
+    def _clip(self) -> Tensor:
+        """Scale the gradients to `train.grad_clip`, if there is one; returns the norm before."""
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         limit = self.config.train.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, limit or math.inf)
-        taken = finite_loss and math.isfinite(norm.item())
-        if taken:
-            self.scaler.step(self.optimizer)
-        else:
-            torch._foreach_copy_(self.buffers, self.buffers_before)
-        self.scaler.update()  # after an overflow of fp16 gradients this lowers the scale
-        return taken
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.trained, limit, norm)
+        return norm

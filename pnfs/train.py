@@ -290,6 +290,9 @@ class _Trainer:
             self._watch_architecture()
         for problem in self.data.new_problems():
             self.screen.line(f"left out: {problem}")
+        news = self.stepper.news()
+        if news is not None:
+            self.screen.line(news)
         self.clock.add(result)
         if result.taken:
             progress.nonfinite_in_a_row = 0

@@ -17,10 +17,10 @@ PACKAGE = ROOT / "pnfs"
 
 # A module imports only what stands before it. pnfs/__init__.py imports on first use.
 ORDER = """
-errors skeleton topology sections config statefile runtime kernels info architecture liveness
-operations fabric backbones head baselines model folding distributed costs search data decode
-evaluation checkpoint compat pruning runlog schedule steps train estimator plotting predict demo
-export commands cli
+errors skeleton topology sections config statefile runtime capture kernels info architecture
+liveness operations fabric backbones head baselines model folding distributed costs search data
+decode evaluation checkpoint compat pruning runlog schedule steps train estimator plotting predict
+demo export commands cli
 checkpoint compat pruning runlog schedule steps train estimator plotting predict demo export
 commands cli
 """.split()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pnfs.backbones.fabric import FabricBackbone
 from pnfs.backbones.mobilenet_v2 import MobileNetV2
+from pnfs.capture import Captured, Recorder, recorder_for
 from pnfs.errors import PnfsError
 from pnfs.folding.backbones import fused_backbone, write_mobilenet, write_stem
 from pnfs.folding.fabric import FabricFolder, live_inputs
@@ -77,8 +78,27 @@ def fold(model: nn.Module) -> FoldedPoseNet:
     return FoldedPoseNet(model).eval()
 
 
+class ReplayedNetwork(nn.Module):
+    """A network whose forward pass is replayed as one CUDA graph where an image size and batch
+    comes again; see `pnfs.capture`. For evaluation: it sees weights that change in place."""
+
+    def __init__(self, network: nn.Module, recorder: Recorder) -> None:
+        super().__init__()
+        self.network = network
+        self._call = Captured(lambda images: (network(images),), recorder)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As the network's, for one precision: autocast as it was at the first calls."""
+        (scores,) = self._call(images)
+        return scores.clone()  # the next replay overwrites them
+
+
 def for_evaluation(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
-    """`model` folded where that is faster: a PoseNet in float32 on a CPU that has the kernel."""
+    """`model` as it runs fastest: a PoseNet in float32 folded, on a CPU that has the kernel; any
+    network replayed, on a GPU."""
+    recorder = recorder_for(device)
+    if recorder is not None:
+        return ReplayedNetwork(model, recorder)
     if type(model) is not PoseNet or device.type != "cpu" or precision != "fp32":
         return model
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):

@@ -98,12 +98,12 @@ def render_targets(
     """
     height, width = size
     dtype = dtype or joints.dtype
-    limit = torch.tensor([width - 1, height - 1], dtype=joints.dtype, device=joints.device)
-    cells = torch.minimum((joints / stride + 0.5).trunc(), limit).to(dtype)
+    x, y = (joints / stride + 0.5).trunc().to(dtype).unbind(-1)
+    x, y = x.clamp(max=width - 1)[..., None], y.clamp(max=height - 1)[..., None]
     xs = torch.arange(width, dtype=dtype, device=joints.device)
     ys = torch.arange(height, dtype=dtype, device=joints.device)
-    dx2 = (xs - cells[..., 0:1]).square()
-    dy2 = (ys - cells[..., 1:2]).square()
+    dx2 = (xs - x).square()
+    dy2 = (ys - y).square()
     scale = -0.5 / (sigma * sigma)
     return torch.exp(scale * dy2)[..., :, None] * torch.exp(scale * dx2)[..., None, :]
 

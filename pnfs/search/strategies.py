@@ -91,6 +91,12 @@ class Strategy:
         self.architecture: list[nn.Parameter] = []
         self.stopped_at: int | None = None
 
+    @property
+    def capturable(self) -> bool:
+        """Whether `after_backward` may be recorded in a CUDA graph with the rest of a step: it
+        launches the same kernels on the same memory in every step."""
+        return True
+
     def prepare(self, model: nn.Module) -> ParameterGroups:
         """Set α and β to their start, decide which are frozen, and say what the optimiser trains.
 
@@ -173,6 +179,10 @@ class Synchronous(Strategy):
 
     name = "sync"
 
+    @property
+    def capturable(self) -> bool:
+        return not self.config.search.macs_penalty
+
     def prepare(self, model: nn.Module) -> ParameterGroups:
         groups = super().prepare(model)
         for parameter in self.architecture:
@@ -199,6 +209,10 @@ class Gumbel(Synchronous):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._logits: list[Tensor] = []  # the true ones, while samples stand in their place
+
+    @property
+    def capturable(self) -> bool:
+        return False
 
     def temperature(self, step: int, total: int) -> float | None:
         sampled = self.config.search.sampled * total

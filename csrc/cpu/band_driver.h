@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -88,12 +89,57 @@ inline void copy_tap_gradients(const float* from, std::int64_t channels, float* 
   }
 }
 
-// 1 / sqrt(variance + eps) in place.
-inline void to_rstd(float* variance, std::int64_t count, double eps) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    variance[i] = static_cast<float>(1.0 / std::sqrt(static_cast<double>(variance[i]) + eps));
+// Addresses of mean, var, gamma and beta, (P, C) float32 each, or of their gradients; 0 is none.
+using Norm = std::array<Address, 4>;
+
+// The constants of OnLoad for all parts, (P, padded C) each.
+struct NormConstants {
+  std::int64_t parts, channels;
+  float *mean, *rstd, *scale, *shift;  // scale = rstd·gamma
+
+  NormConstants(Cutter& cutter, std::int64_t parts_, std::int64_t channels_)
+      : parts(parts_), channels(channels_) {
+    for (float** array : {&mean, &rstd, &scale, &shift}) *array = cutter.take(parts * step());
   }
-}
+
+  std::int64_t step() const { return padded(channels); }
+
+  void fill(const Norm& norm, double eps) const {
+    const std::int64_t count = parts * step();
+    copy(norm[0], mean, 0.0f);
+    copy(norm[1], rstd, 1.0f);
+    for (std::int64_t i = 0; norm[1] != 0 && i < count; ++i) {
+      rstd[i] = static_cast<float>(1.0 / std::sqrt(static_cast<double>(rstd[i]) + eps));
+    }
+    copy(norm[2], scale, 1.0f);
+    for (std::int64_t i = 0; i < count; ++i) scale[i] *= rstd[i];
+    copy(norm[3], shift, 0.0f);
+  }
+
+  OnLoad part(std::int64_t p, const Norm& norm, std::int64_t activation) const {
+    const std::int64_t at = p * step();
+    return {mean + at, scale + at, shift + at, norm[0] != 0, activation};
+  }
+
+  // From Σg and Σg·(x - mean) of one part, (padded C); g is the gradient of what the activation takes.
+  void write_gradients(std::int64_t p, const float* sum, const float* dot, const Norm& to) const {
+    const auto put = [&](Address array, std::int64_t c, float value) {
+      if (array != 0) pointer<float>(array)[p * channels + c] = value;
+    };
+    for (std::int64_t c = 0; c < channels; ++c) {
+      const float r = rstd[p * step() + c], s = scale[p * step() + c];
+      put(to[0], c, -s * sum[c]);
+      put(to[1], c, -0.5f * r * r * s * dot[c]);
+      put(to[2], c, r * dot[c]);
+      put(to[3], c, sum[c]);
+    }
+  }
+
+ private:
+  void copy(Address from, float* to, float missing) const {
+    copy_padded(pointer<const float>(from), parts, channels, step(), to, missing);
+  }
+};
 
 // Results (P, N, C, H, W) in bands, every band with its sums: padded C values each.
 struct ResultBands {

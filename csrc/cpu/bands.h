@@ -14,4 +14,12 @@ namespace pnfs {
 // instruction set.
 constexpr std::int64_t kChannelStep = 16;
 
+// How one part's map is read: z = activation((x - mean)·scale + shift), or activation(x) if it is not
+// normalised. Arrays are (padded C).
+struct OnLoad {
+  const float *mean, *scale, *shift;
+  bool normalised;
+  std::int64_t activation;  // 0 none, 1 ReLU, 2 ReLU6
+};
+
 }  // namespace pnfs

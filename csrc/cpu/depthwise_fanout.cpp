@@ -39,9 +39,6 @@ struct FanoutProblem {
   }
 };
 
-// Addresses of mean, var, gamma and beta, or of their gradients; 0 is none.
-using Norm = std::array<Address, 4>;
-
 const FanoutKernels& kernels() {
 #if defined(__x86_64__)
   switch (chosen_isa()) {
@@ -53,46 +50,34 @@ const FanoutKernels& kernels() {
   return kFanoutPortable;
 }
 
-// Constants of all parts: (P, C) each, taps (S, P, 9, C), add and times (S, P, C).
+// Constants of all parts: taps (S, P, 9, C), add and times (S, P, C).
 struct Constants {
-  float *mean, *rstd, *scale, *shift, *taps, *add, *times;
+  NormConstants norm;
+  float *taps, *add, *times;
 
-  Constants(Cutter& cutter, const FanoutProblem& s, std::size_t stencils, bool gradients) {
+  Constants(Cutter& cutter, const FanoutProblem& s, std::size_t stencils, bool gradients)
+      : norm(cutter, s.p, s.c) {
     const std::size_t count = s.p * padded(s.c), more = gradients ? stencils * count : 0;
-    mean = cutter.take(count);
-    rstd = cutter.take(count);
-    scale = cutter.take(count);
-    shift = cutter.take(count);
     taps = cutter.take(stencils * 9 * count);
     add = cutter.take(more);
     times = cutter.take(more);
   }
+
+  void fill(const FanoutProblem& s, const Integers& stencils, const Addresses& weights,
+            const Norm& given) const {
+    norm.fill(given, s.eps);
+    std::size_t weight = 0;
+    for (std::size_t i = 0; i < stencils.size(); ++i) {
+      if (stencils[i] <= 0) continue;
+      copy_taps(pointer<const float>(weights[weight++]), s.p, s.c,
+                taps + i * 9 * s.p * padded(s.c));
+    }
+  }
 };
 
-void fill_constants(const FanoutProblem& s, const Integers& stencils, const Addresses& weights,
-                    const Norm& norm, const Constants& to) {
-  const std::int64_t c = padded(s.c), count = s.p * c;
-  copy_padded(pointer<const float>(norm[0]), s.p, s.c, c, to.mean);
-  if (norm[1] == 0) {
-    std::fill_n(to.rstd, count, 1.0f);
-  } else {
-    copy_padded(pointer<const float>(norm[1]), s.p, s.c, c, to.rstd);
-    to_rstd(to.rstd, count, s.eps);
-  }
-  copy_padded(pointer<const float>(norm[2]), s.p, s.c, c, to.scale, 1.0f);
-  for (std::int64_t i = 0; i < count; ++i) to.scale[i] *= to.rstd[i];
-  copy_padded(pointer<const float>(norm[3]), s.p, s.c, c, to.shift);
-  std::size_t weight = 0;
-  for (std::size_t i = 0; i < stencils.size(); ++i) {
-    if (stencils[i] <= 0) continue;
-    copy_taps(pointer<const float>(weights[weight++]), s.p, s.c, to.taps + i * 9 * count);
-  }
-}
-
-FanoutShape shape_of(const FanoutProblem& s, const Integers& stencils, const Norm& norm, bool stats,
-                     bool streams) {
+FanoutShape shape_of(const FanoutProblem& s, const Integers& stencils, bool stats, bool streams) {
   FanoutShape shape{s.c, s.h, s.w, s.stride, static_cast<std::int64_t>(stencils.size()), 1,
-                    s.activation, norm[0] != 0, false, stats, streams};
+                    false, stats, streams};
   for (const std::int64_t stencil : stencils) {
     shape.reach = std::max(shape.reach, stencil);
     shape.max_pool |= stencil == kMaxPool;
@@ -112,7 +97,7 @@ void depthwise_fanout(Address x, const Integers& stencils, const Addresses& weig
   for (const Address y : ys) {
     streams &= worth_streaming(y, s.p * s.n * s.out_h * s.out_w, s.c, s.c * s.element());
   }
-  const FanoutShape shape = shape_of(s, stencils, norm, !means.empty(), streams);
+  const FanoutShape shape = shape_of(s, stencils, !means.empty(), streams);
   const Bands bands(s.out_h, std::max(ceil_div(s.out_h * s.out_w, kForwardPixels),
                                       ceil_div(kItems, s.p * s.n)));
   const ResultBands result{s.p, s.n, s.c, s.out_h, s.out_w, bands};
@@ -127,7 +112,7 @@ void depthwise_fanout(Address x, const Integers& stencils, const Addresses& weig
     return std::pair(constants, cutter.used);
   };
   const Constants constants = plan({shared_memory.floats(plan({nullptr}).second)}).first;
-  fill_constants(s, stencils, weights, norm, constants);
+  constants.fill(s, stencils, weights, norm);
 
   const std::size_t scratch = run.forward_scratch(shape);
 #pragma omp parallel
@@ -149,11 +134,10 @@ void depthwise_fanout(Address x, const Integers& stencils, const Addresses& weig
         here[j].sum = sums[1] + at;
         here[j].square = sums[2] + at;
       }
-      const FanoutPart part{constants.mean + p * c, constants.scale + p * c,
-                            constants.shift + p * c};
+      const OnLoad on_load = constants.norm.part(p, norm, s.activation);
       const FanoutBand band{s.x_image(x, p, n), first,   std::min(first + bands.rows, s.out_h),
                             here.data(),        nullptr, nullptr, nullptr};
-      run.forward(s.dtype, shape, part, band, own);
+      run.forward(s.dtype, shape, on_load, band, own);
     }
   }
   for (std::size_t j = 0; shape.stats && j < count; ++j) {
@@ -172,7 +156,7 @@ void depthwise_fanout_backward(Address x, const Integers& stencils, const Addres
   const FanoutProblem s(size, eps, dtype);
   const FanoutKernels& run = kernels();
   const bool streams = worth_streaming(gx, s.p * s.n * s.h * s.w, s.c, s.c * s.element());
-  const FanoutShape shape = shape_of(s, stencils, norm, !ys.empty(), streams);
+  const FanoutShape shape = shape_of(s, stencils, !ys.empty(), streams);
   // Bands repeat the rows at their borders, so an image is cut only where there are few.
   const Bands bands(s.h, std::min(ceil_div(kFewItems, s.p * s.n), ceil_div(s.h, 8)));
   const std::int64_t c = padded(s.c), all = s.n * bands.count;
@@ -190,7 +174,7 @@ void depthwise_fanout_backward(Address x, const Integers& stencils, const Addres
     return std::pair(constants, cutter.used);
   };
   const Constants constants = plan({shared_memory.floats(plan({nullptr}).second)}).first;
-  fill_constants(s, stencils, weights, norm, constants);
+  constants.fill(s, stencils, weights, norm);
   for (std::size_t j = 0; shape.stats && j < count; ++j) {
     fill_gradient_constants(s.p, s.c, s.n * s.out_h * s.out_w, pointer<const float>(means[j]),
                             pointer<const float>(g_means[j]), pointer<const float>(g_variances[j]),
@@ -208,8 +192,7 @@ void depthwise_fanout_backward(Address x, const Integers& stencils, const Addres
       const std::int64_t p = i / pieces, start = i % pieces * per_piece;
       float* piece = sums + i * piece_floats;
       std::fill_n(piece, piece_floats, 0.0f);
-      const FanoutPart part{constants.mean + p * c, constants.scale + p * c,
-                            constants.shift + p * c};
+      const OnLoad on_load = constants.norm.part(p, norm, s.activation);
       for (std::int64_t k = start; k < std::min(start + per_piece, all); ++k) {
         const std::int64_t n = k / bands.count, first = k % bands.count * bands.rows;
         for (std::size_t j = 0; j < count; ++j) {
@@ -229,7 +212,7 @@ void depthwise_fanout_backward(Address x, const Integers& stencils, const Addres
                               s.image(gx, p, n, s.h * s.w),
                               piece,
                               piece + c};
-        run.backward(s.dtype, shape, part, band, own);
+        run.backward(s.dtype, shape, on_load, band, own);
       }
     }
   }
@@ -242,17 +225,7 @@ void depthwise_fanout_backward(Address x, const Integers& stencils, const Addres
       copy_tap_gradients(piece + (2 + 9 * j) * c, s.c,
                          pointer<float>(g_weights[weight++]) + p * s.c * 9);
     }
-    const auto put = [&](Address to, std::int64_t channel, float value) {
-      if (to != 0) pointer<float>(to)[p * s.c + channel] = value;
-    };
-    for (std::int64_t i = 0; i < s.c; ++i) {
-      const float rstd = constants.rstd[p * c + i], scale = constants.scale[p * c + i];
-      const float sum = piece[i], dot = piece[c + i];
-      put(g_norm[0], i, -scale * sum);
-      put(g_norm[1], i, -0.5f * rstd * rstd * scale * dot);
-      put(g_norm[2], i, rstd * dot);
-      put(g_norm[3], i, sum);
-    }
+    constants.norm.write_gradients(p, piece, piece + c, g_norm);
   }
 }
 

@@ -21,16 +21,9 @@ struct FanoutShape {
   std::int64_t c, h, w, stride;
   std::int64_t stencils;      // how many
   std::int64_t reach;         // rows that any of them reaches up and down
-  std::int64_t activation;    // 0 none, 1 ReLU, 2 ReLU6
-  bool normalised;            // z = activation((x - mean)·scale + shift), else activation(x)
   bool max_pool;              // one of the stencils is
   bool stats;                 // statistics are wanted, and have gradients
   bool streams;               // results are stored past the caches
-};
-
-// One part's constants, (C) each.
-struct FanoutPart {
-  const float *mean, *scale, *shift;
 };
 
 // One stencil in one part: its constants and, over a band, its result or the gradient of that.
@@ -51,8 +44,7 @@ struct FanoutBand {
   std::int64_t first, last;
   const FanoutStencil* stencils;
   void* gx;
-  float *z_sum, *z_dot;  // backward, with normalisation: Σg and Σg·(x - mean), added to; g is the
-                         // gradient of what the activation takes
+  float *z_sum, *z_dot;  // backward: (C), added to, see Unnormalise in cpu/rows.h
 };
 
 struct FanoutKernels {
@@ -60,10 +52,8 @@ struct FanoutKernels {
   std::size_t (*forward_scratch)(const FanoutShape&);
   std::size_t (*backward_scratch)(const FanoutShape&);
   // dtype: see core/dtypes.h; 0 or 1.
-  void (*forward)(int dtype, const FanoutShape&, const FanoutPart&, const FanoutBand&,
-                  float* scratch);
-  void (*backward)(int dtype, const FanoutShape&, const FanoutPart&, const FanoutBand&,
-                   float* scratch);
+  void (*forward)(int dtype, const FanoutShape&, const OnLoad&, const FanoutBand&, float* scratch);
+  void (*backward)(int dtype, const FanoutShape&, const OnLoad&, const FanoutBand&, float* scratch);
 };
 
 extern const FanoutKernels kFanoutPortable;

@@ -33,26 +33,15 @@ struct FanoutSizes {
   }
 };
 
-PNFS_INLINE Vec activated(std::int64_t activation, Vec v) {
-  if (activation == 0) return v;
-  v = relu(v);
-  return activation == 2 ? (v > 6.0f ? fill(6.0f) : v) : v;
-}
-
 // Loads row y of x as z.
 template <class T>
-void load_z_row(const FanoutShape& shape, const FanoutSizes& sizes, const FanoutPart& part,
+void load_z_row(const FanoutShape& shape, const FanoutSizes& sizes, const OnLoad& on_load,
                 const T* x, std::int64_t y, const Ring& z) {
   float* to = z.padded(y) + sizes.border * sizes.step;
   x += y * shape.w * shape.c;
   for (std::int64_t i = 0; i < shape.w; ++i) {
     for (std::int64_t channel = 0; channel < sizes.c; channel += kWidth) {
-      Vec v = load_part(x + channel, shape.c - channel);
-      if (shape.normalised) {
-        v = (v - load(part.mean + channel)) * load(part.scale + channel) +
-            load(part.shift + channel);
-      }
-      store(to + channel, activated(shape.activation, v));
+      store(to + channel, load_z(on_load, x, channel, shape.c));
     }
     x += shape.c;
     to += sizes.step;
@@ -145,7 +134,7 @@ void stencil_row(const FanoutShape& shape, const FanoutSizes& sizes, const Fanou
 }
 
 template <class T>
-void forward_band(const FanoutShape& shape, const FanoutPart& part, const FanoutBand& band,
+void forward_band(const FanoutShape& shape, const OnLoad& on_load, const FanoutBand& band,
                   float* memory) {
   const FanoutSizes sizes(shape);
   const T* x = static_cast<const T*>(band.x);
@@ -154,7 +143,7 @@ void forward_band(const FanoutShape& shape, const FanoutPart& part, const Fanout
   const Ring z = scratch.ring(sizes.z_rows, sizes.row_floats, shape.h);
   const auto load_through = [&](std::int64_t from, std::int64_t row) {
     const std::int64_t last = smaller(row * shape.stride + shape.reach, shape.h - 1);
-    for (; from <= last; ++from) load_z_row(shape, sizes, part, x, from, z);
+    for (; from <= last; ++from) load_z_row(shape, sizes, on_load, x, from, z);
     return from;
   };
   if (shape.stats) {
@@ -243,48 +232,24 @@ PNFS_INLINE void pool_gradient_row(const FanoutShape& shape, const FanoutSizes& 
   }
 }
 
-// From z's gradient in one row to x's, with the sums for the gradients of what normalises.
-template <int kVecs, class T>
-PNFS_INLINE void store_gradient_channels(const FanoutShape& shape, const FanoutSizes& sizes,
-                                         const FanoutPart& part, const FanoutBand& band,
-                                         const float* gz, const T* x, std::int64_t channel, T* gx) {
-  Vec mean[kVecs], scale[kVecs], shift[kVecs], sum[kVecs], dot[kVecs];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) {
-    const std::int64_t at = channel + v * kWidth;
-    mean[v] = load(part.mean + at);
-    scale[v] = load(part.scale + at);
-    shift[v] = load(part.shift + at);
-    sum[v] = dot[v] = Vec{};
-  }
-  for (std::int64_t i = 0; i < shape.w; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      const std::int64_t at = channel + v * kWidth, count = shape.c - at;
-      Vec g = load(gz + i * sizes.step + at);
-      if (shape.normalised || shape.activation != 0) {
-        const Vec distance = load_part(x + i * shape.c + at, count) - mean[v];
-        const Vec before = distance * scale[v] + shift[v];
-        if (shape.activation != 0) g = before > 0.0f ? g : Vec{};
-        if (shape.activation == 2) g = before < 6.0f ? g : Vec{};
-        sum[v] += g;
-        dot[v] += g * distance;
-        g *= scale[v];
-      }
-      T* to = gx + i * shape.c + at;
-      shape.streams ? stream(to, g) : store_part(to, g, count);
+// From z's gradient in one row to x's.
+template <class T>
+void store_gradient_row(const FanoutShape& shape, const FanoutSizes& sizes, const OnLoad& on_load,
+                        const FanoutBand& band, const float* gz, const T* x, T* gx) {
+  for (std::int64_t channel = 0; channel < shape.c; channel += kWidth) {
+    Unnormalise to_x(on_load, band.z_sum, band.z_dot, channel);
+    const std::int64_t count = shape.c - channel;
+    for (std::int64_t i = 0; i < shape.w; ++i) {
+      const std::int64_t at = i * shape.c + channel;
+      const Vec v = to_x(x + at, count, load(gz + i * sizes.step + channel));
+      shape.streams ? stream(gx + at, v) : store_part(gx + at, v, count);
     }
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) {
-    const std::int64_t at = channel + v * kWidth;
-    store(band.z_sum + at, load(band.z_sum + at) + sum[v]);
-    store(band.z_dot + at, load(band.z_dot + at) + dot[v]);
+    to_x.save();
   }
 }
 
 template <class T>
-void backward_band(const FanoutShape& shape, const FanoutPart& part, const FanoutBand& band,
+void backward_band(const FanoutShape& shape, const OnLoad& on_load, const FanoutBand& band,
                    float* memory) {
   const FanoutSizes sizes(shape);
   const T* x = static_cast<const T*>(band.x);
@@ -303,7 +268,7 @@ void backward_band(const FanoutShape& shape, const FanoutPart& part, const Fanou
   std::int64_t loaded = shape.max_pool ? larger(0, row - 1) : band.first;  // the next row of x
   const auto load_through = [&](std::int64_t last) {
     for (; loaded <= smaller(last, shape.h - 1); ++loaded) {
-      load_z_row(shape, sizes, part, x, loaded, z);
+      load_z_row(shape, sizes, on_load, x, loaded, z);
     }
   };
   for (std::int64_t y = band.first; y < band.last; ++y) {
@@ -344,13 +309,7 @@ void backward_band(const FanoutShape& shape, const FanoutPart& part, const Fanou
       }
     }
     const std::int64_t at = y * shape.w * shape.c;
-    std::int64_t channel = 0;
-    for (; channel + 4 * kWidth <= shape.c; channel += 4 * kWidth) {
-      store_gradient_channels<4>(shape, sizes, part, band, gz, x + at, channel, gx + at);
-    }
-    for (; channel < shape.c; channel += kWidth) {
-      store_gradient_channels<1>(shape, sizes, part, band, gz, x + at, channel, gx + at);
-    }
+    store_gradient_row(shape, sizes, on_load, band, gz, x + at, gx + at);
   }
   if (shape.streams) finish_streams();
 }
@@ -371,16 +330,16 @@ std::size_t backward_scratch(const FanoutShape& shape) {
                                   rings * ring_floats(sizes, sizes.g_rows));
 }
 
-void forward(int dtype, const FanoutShape& shape, const FanoutPart& part, const FanoutBand& band,
+void forward(int dtype, const FanoutShape& shape, const OnLoad& on_load, const FanoutBand& band,
              float* scratch) {
-  dtype == 0 ? forward_band<float>(shape, part, band, scratch)
-             : forward_band<BFloat16>(shape, part, band, scratch);
+  dtype == 0 ? forward_band<float>(shape, on_load, band, scratch)
+             : forward_band<BFloat16>(shape, on_load, band, scratch);
 }
 
-void backward(int dtype, const FanoutShape& shape, const FanoutPart& part, const FanoutBand& band,
+void backward(int dtype, const FanoutShape& shape, const OnLoad& on_load, const FanoutBand& band,
               float* scratch) {
-  dtype == 0 ? backward_band<float>(shape, part, band, scratch)
-             : backward_band<BFloat16>(shape, part, band, scratch);
+  dtype == 0 ? backward_band<float>(shape, on_load, band, scratch)
+             : backward_band<BFloat16>(shape, on_load, band, scratch);
 }
 
 constexpr FanoutKernels kKernels = {forward_scratch, backward_scratch, forward, backward};

@@ -88,20 +88,20 @@ void vector_heatmap_loss(const std::vector<Address>& vectors, const std::vector<
                          Address weights, Address loss, const std::array<std::int64_t, 5>& size,
                          float sigma, float stride, float gain, int dtype);
 
-// `tensors`: x, pointwise, depthwise, bias, mean, var, y, mean_y, var_y. x and y are of `dtype`
-// (float32, bfloat16) and channels-last inside a part; the others are contiguous float32. depthwise,
-// bias, mean with var, and mean_y with var_y may be 0. `size`: P, N, C, O, H, W, elements from part to
-// part of x, dilation. See pnfs/kernels/separable_conv.py. Throws std::runtime_error for an unusable
-// PNFS_ISA.
-void separable_conv(const std::array<Address, 9>& tensors, const std::array<std::int64_t, 8>& size,
+// `tensors`: x, pointwise, depthwise, bias, mean, var, gamma, beta, y, mean_y, var_y. x and y are of
+// `dtype` (float32, bfloat16) and channels-last inside a part; the others are contiguous float32.
+// depthwise, bias, mean with var, gamma, beta, and mean_y with var_y may be 0. `size`: P, N, C, O, H, W,
+// elements from part to part of x, dilation, activation (0 none, 1 ReLU, 2 ReLU6; used with mean and
+// var). See pnfs/kernels/separable_conv.py. Throws std::runtime_error for an unusable PNFS_ISA.
+void separable_conv(const std::array<Address, 11>& tensors, const std::array<std::int64_t, 9>& size,
                     double eps, int dtype);
 
-// `tensors`: x, pointwise, depthwise, mean, var, y, mean_y, gy, gmean, gvar, more, and the gradients of
-// x, pointwise, depthwise, bias, mean, var, of which 0 are not wanted, but for x's and pointwise's.
-// Those of x and y are like x and y. gmean is 0, and y is not read, where the statistics have no
-// gradient. `more` is 0, or like x without gaps, and added to x's gradient.
-void separable_conv_backward(const std::array<Address, 17>& tensors,
-                             const std::array<std::int64_t, 8>& size, double eps, int dtype);
+// `tensors`: x, pointwise, depthwise, mean, var, gamma, beta, y, mean_y, gy, gmean, gvar, more, and the
+// gradients of x, pointwise, depthwise, bias, mean, var, gamma, beta, of which 0 are not wanted, but for
+// x's and pointwise's. Those of x and y are like x and y. gmean is 0, and y is not read, where the
+// statistics have no gradient. `more` is 0, or like x without gaps, and added to x's gradient.
+void separable_conv_backward(const std::array<Address, 21>& tensors,
+                             const std::array<std::int64_t, 9>& size, double eps, int dtype);
 
 // Stacked maps, channels-last inside a part; `size` is P, pixels of a part, C, and parts lie
 // `part_stride` elements apart. Small tensors are contiguous float32. Of `maps`, the first has no

@@ -57,6 +57,60 @@ struct Scratch {
   }
 };
 
+PNFS_INLINE Vec activated(std::int64_t activation, Vec v) {
+  if (activation == 0) return v;
+  v = relu(v);
+  return activation == 2 ? (v > 6.0f ? fill(6.0f) : v) : v;
+}
+
+// z of one vector of channels of the pixel at x.
+template <class T>
+PNFS_INLINE Vec load_z(const OnLoad& how, const T* x, std::int64_t channel, std::int64_t channels) {
+  Vec v = load_part(x + channel, channels - channel);
+  if (how.normalised) {
+    v = (v - load(how.mean + channel)) * load(how.scale + channel) + load(how.shift + channel);
+  }
+  return activated(how.activation, v);
+}
+
+// One vector of channels: from z's gradient to x's, with the sums Σg and Σg·(x - mean); g is the
+// gradient of what the activation takes.
+struct Unnormalise {
+  bool plain;
+  std::int64_t activation;
+  float *sum_at, *dot_at;
+  Vec mean, scale, shift, sum, dot;
+
+  PNFS_INLINE_MEMBER Unnormalise(const OnLoad& how, float* sums, float* dots, std::int64_t channel)
+      : plain(!how.normalised && how.activation == 0),
+        activation(how.activation),
+        sum_at(sums + channel),
+        dot_at(dots + channel),
+        mean(load(how.mean + channel)),
+        scale(load(how.scale + channel)),
+        shift(load(how.shift + channel)),
+        sum(load(sum_at)),
+        dot(load(dot_at)) {}
+
+  // `x` has `count` channels from here on.
+  template <class T>
+  PNFS_INLINE_MEMBER Vec operator()(const T* x, std::int64_t count, Vec gradient) {
+    if (plain) return gradient;
+    const Vec distance = load_part(x, count) - mean;
+    const Vec before = distance * scale + shift;
+    if (activation != 0) gradient = before > 0.0f ? gradient : Vec{};
+    if (activation == 2) gradient = before < 6.0f ? gradient : Vec{};
+    sum += gradient;
+    dot += gradient * distance;
+    return gradient * scale;
+  }
+
+  PNFS_INLINE_MEMBER void save() const {
+    store(sum_at, sum);
+    store(dot_at, dot);
+  }
+};
+
 // Depthwise 3×3 of z around row y, at every stride-th pixel.
 PNFS_INLINE void depthwise_row(const RowLayout& row, std::int64_t stride, const float* taps,
                                const Ring& z, std::int64_t y, float* t) {

@@ -6,9 +6,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <tuple>
+#include <utility>
 
 #include "cpu/band_driver.h"
 #include "cpu/isa.h"
@@ -20,13 +20,13 @@ constexpr std::int64_t kPiecePixels = 384;  // of a piece: enough to make its we
 constexpr std::int64_t kPartialFloats = 1 << 22;  // of all pieces' weight gradients together
 
 struct Problem {
-  std::int64_t p, n, c, o, h, w, x_step, dilation;
+  std::int64_t p, n, c, o, h, w, x_step, dilation, activation;
   double eps;
   int dtype;
 
-  Problem(const std::array<std::int64_t, 8>& size, double epsilon, int storage)
+  Problem(const std::array<std::int64_t, 9>& size, double epsilon, int storage)
       : eps(epsilon), dtype(storage) {
-    std::tie(p, n, c, o, h, w, x_step, dilation) = std::tuple_cat(size);
+    std::tie(p, n, c, o, h, w, x_step, dilation, activation) = std::tuple_cat(size);
   }
 
   std::int64_t element() const { return dtype == 0 ? 4 : 2; }  // bytes
@@ -41,10 +41,12 @@ struct Problem {
 
 // Addresses of float32 arrays as Python has them; 0 is none.
 struct Weights {
-  Address pointwise, depthwise, bias, mean, var;
+  Address pointwise, depthwise, bias;
+  Norm norm;
 };
 struct Gradients {
-  Address x, pointwise, depthwise, bias, mean, var;
+  Address x, pointwise, depthwise, bias;
+  Norm norm;
 };
 
 const SeparableKernels& kernels() {
@@ -60,38 +62,35 @@ const SeparableKernels& kernels() {
 
 // The constants of every part, (P, padded C) and so on.
 struct Constants {
-  float *packed, *taps, *mean, *rstd, *bias, *add, *times;
-  std::size_t packed_step;
   std::int64_t c, o;
+  std::size_t packed_step;
+  float *packed, *taps, *bias, *add, *times;
+  NormConstants norm;
 
-  SeparablePart part(std::int64_t p) const {
-    return {packed + p * packed_step, taps + p * 9 * c, mean + p * c,  rstd + p * c,
+  Constants(Cutter& cutter, const Problem& s, std::size_t packed_floats)
+      : c(padded(s.c)),
+        o(padded(s.o)),
+        packed_step(packed_floats),
+        packed(cutter.take(s.p * packed_step)),
+        taps(cutter.take(s.p * 9 * c)),
+        bias(cutter.take(s.p * o)),
+        add(cutter.take(s.p * o)),
+        times(cutter.take(s.p * o)),
+        norm(cutter, s.p, s.c) {}
+
+  void fill(const Problem& s, const Weights& weights) const {
+    copy_padded(pointer<const float>(weights.bias), s.p, s.o, o, bias);
+    norm.fill(weights.norm, s.eps);
+    if (weights.depthwise != 0) copy_taps(pointer<const float>(weights.depthwise), s.p, s.c, taps);
+  }
+
+  SeparablePart part(std::int64_t p, const Problem& s, const Weights& weights) const {
+    const std::int64_t activation = weights.norm[0] == 0 ? 0 : s.activation;
+    return {packed + p * packed_step, taps + p * 9 * c,
+            norm.part(p, weights.norm, activation),
             bias + p * o,             add + p * o,      times + p * o};
   }
 };
-
-Constants take_constants(Cutter& cutter, const Problem& sizes, std::size_t packed_step) {
-  const std::size_t p = static_cast<std::size_t>(sizes.p), c = padded(sizes.c), o = padded(sizes.o);
-  return {cutter.take(p * packed_step),
-          cutter.take(p * 9 * c),
-          cutter.take(p * c),
-          cutter.take(p * c),
-          cutter.take(p * o),
-          cutter.take(p * o),
-          cutter.take(p * o),
-          packed_step,
-          static_cast<std::int64_t>(c),
-          static_cast<std::int64_t>(o)};
-}
-
-void fill_constants(const Problem& s, const Weights& weights,
-                    const Constants& to) {
-  copy_padded(pointer<const float>(weights.bias), s.p, s.o, to.o, to.bias);
-  copy_padded(pointer<const float>(weights.mean), s.p, s.c, to.c, to.mean);
-  copy_padded(pointer<const float>(weights.var), s.p, s.c, to.c, to.rstd);
-  to_rstd(to.rstd, s.p * to.c, s.eps);
-  if (weights.depthwise != 0) copy_taps(pointer<const float>(weights.depthwise), s.p, s.c, to.taps);
-}
 
 // `result` has `channels` channels.
 SeparableShape shape_of(const Problem& s, const Weights& weights, bool stats, Address result,
@@ -103,7 +102,6 @@ SeparableShape shape_of(const Problem& s, const Weights& weights, bool stats, Ad
           s.h,
           s.w,
           weights.depthwise == 0 ? 0 : s.dilation,
-          weights.mean != 0,
           stats,
           streams};
 }
@@ -122,10 +120,11 @@ void pack(const Problem& s, const SeparableKernels& run, const SeparableShape& s
 
 }  // namespace
 
-void separable_conv(const std::array<Address, 9>& tensors, const std::array<std::int64_t, 8>& size,
+void separable_conv(const std::array<Address, 11>& tensors, const std::array<std::int64_t, 9>& size,
                     double eps, int dtype) {
-  const Address x = tensors[0], y = tensors[6], mean_y = tensors[7], var_y = tensors[8];
-  const Weights weights{tensors[1], tensors[2], tensors[3], tensors[4], tensors[5]};
+  const Address x = tensors[0], y = tensors[8], mean_y = tensors[9], var_y = tensors[10];
+  const Weights weights{
+      tensors[1], tensors[2], tensors[3], {tensors[4], tensors[5], tensors[6], tensors[7]}};
   const Problem s(size, eps, dtype);
   const SeparableKernels& run = kernels();
   const SeparableShape shape = shape_of(s, weights, mean_y != 0, y, s.o);
@@ -134,18 +133,17 @@ void separable_conv(const std::array<Address, 9>& tensors, const std::array<std:
   const std::int64_t items = result.items();
 
   static thread_local Workspace shared_memory;
-  Constants constants{};
   float *shift = nullptr, *sum = nullptr, *square = nullptr;
   const auto plan = [&](Cutter cutter) {
-    constants = take_constants(cutter, s, s.c * padded(s.o));
-    const std::size_t floats = shape.stats ? items * constants.o : 0;
+    const Constants constants(cutter, s, s.c * padded(s.o));
+    const std::size_t floats = shape.stats ? items * padded(s.o) : 0;
     shift = cutter.take(floats);
     sum = cutter.take(floats);
     square = cutter.take(floats);
-    return cutter.used;
+    return std::pair(constants, cutter.used);
   };
-  plan({shared_memory.floats(plan({nullptr}))});
-  fill_constants(s, weights, constants);
+  const Constants constants = plan({shared_memory.floats(plan({nullptr}).second)}).first;
+  constants.fill(s, weights);
   pack(s, run, shape, weights, s.o, run.pack_forward, constants);
 
   const std::size_t scratch = run.forward_scratch(shape);
@@ -162,7 +160,7 @@ void separable_conv(const std::array<Address, 9>& tensors, const std::array<std:
                              first,              std::min(first + bands.rows, s.h),
                              shift + sums,       sum + sums,
                              square + sums};
-      run.forward(s.dtype, shape, constants.part(p), band, own);
+      run.forward(s.dtype, shape, constants.part(p, s, weights), band, own);
     }
   }
   if (shape.stats) {
@@ -213,44 +211,42 @@ void write_gradients(const Problem& s, const Partial& partial, const Constants& 
     copy_tap_gradients(partial.taps(sums), s.c, pointer<float>(to.depthwise) + p * s.c * 9);
   }
   if (to.bias != 0) std::copy_n(partial.bias(sums), s.o, pointer<float>(to.bias) + p * s.o);
-  if (to.mean == 0) return;
-  for (std::int64_t c = 0; c < s.c; ++c) {
-    const float rstd = constants.rstd[p * constants.c + c];
-    pointer<float>(to.mean)[p * s.c + c] = -rstd * partial.z_sum(sums)[c];
-    pointer<float>(to.var)[p * s.c + c] = -0.5f * rstd * rstd * partial.z_dot(sums)[c];
-  }
+  constants.norm.write_gradients(p, partial.z_sum(sums), partial.z_dot(sums), to.norm);
 }
 
 }  // namespace
 
-void separable_conv_backward(const std::array<Address, 17>& tensors,
-                             const std::array<std::int64_t, 8>& size, double eps, int dtype) {
-  const Address x = tensors[0], y = tensors[5], gy = tensors[7];
-  const Weights weights{tensors[1], tensors[2], 0, tensors[3], tensors[4]};
-  const Address more = tensors[10];
-  const Gradients gradients{tensors[11], tensors[12], tensors[13],
-                            tensors[14], tensors[15], tensors[16]};
+void separable_conv_backward(const std::array<Address, 21>& tensors,
+                             const std::array<std::int64_t, 9>& size, double eps, int dtype) {
+  const Address x = tensors[0];
+  const Weights weights{tensors[1], tensors[2], 0, {tensors[3], tensors[4], tensors[5], tensors[6]}};
+  const Address y = tensors[7], mean_y = tensors[8], gy = tensors[9];
+  const Address g_mean_y = tensors[10], g_var_y = tensors[11], more = tensors[12];
+  const Gradients gradients{tensors[13],
+                            tensors[14],
+                            tensors[15],
+                            tensors[16],
+                            {tensors[17], tensors[18], tensors[19], tensors[20]}};
   const Problem s(size, eps, dtype);
   const SeparableKernels& run = kernels();
-  const SeparableShape shape = shape_of(s, weights, tensors[8] != 0, gradients.x, s.c);
+  const SeparableShape shape = shape_of(s, weights, g_mean_y != 0, gradients.x, s.c);
   // Bands repeat the rows at their borders, so an image is cut only where there are few.
   const Bands bands(s.h, std::min(ceil_div(kFewItems, s.p * s.n), ceil_div(s.h, 8)));
   const Partial partial(s);
   const Pieces pieces(s, bands, partial);
 
   static thread_local Workspace shared_memory;
-  Constants constants{};
   float* sums = nullptr;
   const auto plan = [&](Cutter cutter) {
-    constants = take_constants(cutter, s, s.o * padded(s.c));
+    const Constants constants(cutter, s, s.o * padded(s.c));
     sums = cutter.take(s.p * pieces.count * partial.floats);
-    return cutter.used;
+    return std::pair(constants, cutter.used);
   };
-  plan({shared_memory.floats(plan({nullptr}))});
-  fill_constants(s, weights, constants);
+  const Constants constants = plan({shared_memory.floats(plan({nullptr}).second)}).first;
+  constants.fill(s, weights);
   if (shape.stats) {
-    fill_gradient_constants(s.p, s.o, s.n * s.h * s.w, pointer<const float>(tensors[6]),
-                            pointer<const float>(tensors[8]), pointer<const float>(tensors[9]),
+    fill_gradient_constants(s.p, s.o, s.n * s.h * s.w, pointer<const float>(mean_y),
+                            pointer<const float>(g_mean_y), pointer<const float>(g_var_y),
                             constants.add, constants.times);
   }
   pack(s, run, shape, weights, s.c, run.pack_backward, constants);
@@ -280,7 +276,7 @@ void separable_conv_backward(const std::array<Address, 17>& tensors,
                                 gradients.bias == 0 ? nullptr : partial.bias(piece),
                                 partial.z_sum(piece),
                                 partial.z_dot(piece)};
-        run.backward(s.dtype, shape, constants.part(p), band, own);
+        run.backward(s.dtype, shape, constants.part(p, s, weights), band, own);
       }
     }
   }

@@ -17,7 +17,6 @@ namespace pnfs {
 struct SeparableShape {
   std::int64_t c, o, h, w;
   std::int64_t dilation;  // 0: no depthwise convolution
-  bool normalised;        // z = relu((x - mean)·rstd), else z = x
   bool stats;             // y's statistics are wanted, and have gradients
   bool streams;           // the result is stored past the caches; its pixels are aligned to lines
 };
@@ -26,8 +25,7 @@ struct SeparableShape {
 struct SeparablePart {
   const float* pointwise;  // packed: see SeparableKernels::pack_*
   const float* taps;       // (9, C) depthwise weights
-  const float* mean;       // (C)
-  const float* rstd;       // (C)
+  OnLoad on_load;          // from x to z
   const float* bias;       // (O), forward
   const float* add;        // (O), backward: the gradient of the whole y is
   const float* times;      // (O)   gy + add + times·y
@@ -54,8 +52,7 @@ struct BackwardBand {
   float* pointwise;  // (O, C) gradient
   float* taps;       // (9, C) gradient
   float* bias;       // (O) gradient
-  float* z_sum;      // (C) Σ of z's gradient where z > 0
-  float* z_dot;      // (C) Σ of z·(z's gradient)
+  float *z_sum, *z_dot;  // (C), see Unnormalise in cpu/rows.h
 };
 
 struct SeparableKernels {

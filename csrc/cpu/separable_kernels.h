@@ -36,21 +36,13 @@ struct Sizes {
   }
 };
 
-template <class T>
-PNFS_INLINE Vec z_vector(const SeparableShape& shape, const SeparablePart& part, const T* x,
-                         std::int64_t channel) {
-  const Vec v = load_part(x + channel, shape.c - channel);
-  if (!shape.normalised) return v;
-  return relu((v - load(part.mean + channel)) * load(part.rstd + channel));
-}
-
 // z of `pixels` adjacent pixels.
 template <class T>
-void load_z(const SeparableShape& shape, const Sizes& sizes, const SeparablePart& part, const T* x,
-            std::int64_t pixels, float* z) {
+void load_pixels(const SeparableShape& shape, const Sizes& sizes, const SeparablePart& part,
+                 const T* x, std::int64_t pixels, float* z) {
   for (std::int64_t i = 0; i < pixels; ++i) {
     for (std::int64_t channel = 0; channel < sizes.c; channel += kWidth) {
-      store(z + channel, z_vector(shape, part, x, channel));
+      store(z + channel, load_z(part.on_load, x, channel, shape.c));
     }
     x += shape.c;
     z += sizes.c_step;
@@ -69,7 +61,7 @@ void pixel_without_bias(const SeparableShape& shape, const Sizes& sizes, const S
     for (int tap = 0; tap < (d == 0 ? 1 : 9); ++tap) {
       const std::int64_t i = row + (tap / 3 - 1) * d, j = column + (tap % 3 - 1) * d;
       if (i < 0 || i >= shape.h || j < 0 || j >= shape.w) continue;
-      const Vec z = z_vector(shape, part, x + (i * shape.w + j) * shape.c, channel);
+      const Vec z = load_z(part.on_load, x + (i * shape.w + j) * shape.c, channel, shape.c);
       sum += d == 0 ? z : load(part.taps + tap * sizes.c + channel) * z;
     }
     store(t + channel, sum);
@@ -103,11 +95,11 @@ void forward_band(const SeparableShape& shape, const SeparablePart& part, const 
     const std::int64_t end = smaller(row + sizes.rows, band.last);
     const std::int64_t pixels = (end - row) * shape.w;
     if (d == 0) {
-      load_z(shape, sizes, part, x + row * x_row, pixels, t);
+      load_pixels(shape, sizes, part, x + row * x_row, pixels, t);
       loaded = end;
     }
     for (; loaded < smaller(end + d, shape.h); ++loaded) {
-      load_z(shape, sizes, part, x + loaded * x_row, shape.w,
+      load_pixels(shape, sizes, part, x + loaded * x_row, shape.w,
              z.padded(loaded) + d * sizes.c_step);
     }
     for (std::int64_t r = row; d > 0 && r < end; ++r) {
@@ -146,114 +138,83 @@ void add_columns(const Sizes& sizes, const float* g, std::int64_t pixels, float*
   }
 }
 
-// One vector of channels: from z's gradient to x's, with the sums for mean's and var's.
-struct Unnormalise {
-  bool normalised;
-  float *sum_at, *dot_at;
-  Vec rstd, sum, dot;
-
-  PNFS_INLINE_MEMBER Unnormalise(const SeparableShape& shape, const SeparablePart& part,
-                                 const BackwardBand& band, std::int64_t channel)
-      : normalised(shape.normalised),
-        sum_at(band.z_sum + channel),
-        dot_at(band.z_dot + channel),
-        rstd(load(part.rstd + channel)),
-        sum(load(sum_at)),
-        dot(load(dot_at)) {}
-
-  PNFS_INLINE_MEMBER Vec operator()(Vec z, Vec gradient) {
-    if (!normalised) return gradient;
-    gradient = z > 0.0f ? gradient : Vec{};
-    sum += gradient;
-    dot += gradient * z;
-    return gradient * rstd;
-  }
-
-  PNFS_INLINE_MEMBER void save() const {
-    store(sum_at, sum);
-    store(dot_at, dot);
-  }
-};
-
-// Stores x's gradient of one vector of channels, pixel after pixel, on top of `more` if that is given.
+// Takes z's gradient of one vector of channels, pixel after pixel, to x's and stores that, on top of
+// `more` if it is given. Fetches a vector from `next` on for every pixel.
 template <class T>
 struct StoreGradient {
+  const T *x, *more, *next;
   T* to;
-  const T* more;
   std::int64_t step, row, count;
   bool streams;
+  Unnormalise to_x;
 
-  PNFS_INLINE_MEMBER StoreGradient(const SeparableShape& shape, T* gx, const T* more_,
-                                   std::int64_t channel)
-      : to(gx + channel),
+  // x, gx and more point to the first pixel.
+  PNFS_INLINE_MEMBER StoreGradient(const SeparableShape& shape, const SeparablePart& part,
+                                   const BackwardBand& band, const T* x_, const T* more_, T* gx,
+                                   const T* next_, std::int64_t channel)
+      : x(x_ + channel),
         more(more_ == nullptr ? nullptr : more_ + channel),
+        next(next_),
+        to(gx + channel),
         step(shape.c),
         row(shape.w * shape.c),
         count(shape.c - channel),
-        streams(shape.streams) {}
+        streams(shape.streams),
+        to_x(part.on_load, band.z_sum, band.z_dot, channel) {}
 
-  PNFS_INLINE_MEMBER void operator()(Vec v) {
+  PNFS_INLINE_MEMBER void operator()(Vec gradient) {
+    __builtin_prefetch(next, 0, 2);
+    next += kWidth;
+    Vec v = to_x(x, count, gradient);
     if (more != nullptr) {
       __builtin_prefetch(more + row, 0, 2);
       v += load_part(more, count);
       more += step;
     }
     streams ? stream(to, v) : store_part(to, v, count);
+    x += step;
     to += step;
   }
 };
 
-// Takes z's gradient from depthwise_gradient_row to x's. Fetches w · c vectors from `next` on.
+// The same as a sink of depthwise_gradient_row.
 template <class T>
 struct GradientSink {
   const SeparableShape& shape;
   const SeparablePart& part;
   const BackwardBand& band;
-  const T* more;
+  const T *x, *more;
   T* gx;
-  const T* next;
-  Unnormalise to_x;
   StoreGradient<T> store_next;
 
   PNFS_INLINE_MEMBER GradientSink(const SeparableShape& shape_, const SeparablePart& part_,
-                                  const BackwardBand& band_, const T* more_, T* gx_,
-                                  const T* next_)
+                                  const BackwardBand& band_, const T* x_, const T* more_, T* gx_,
+                                  const T* next)
       : shape(shape_),
         part(part_),
         band(band_),
+        x(x_),
         more(more_),
         gx(gx_),
-        next(next_),
-        to_x(shape_, part_, band_, 0),
-        store_next(shape_, gx_, more_, 0) {}
+        store_next(shape_, part_, band_, x_, more_, gx_, next, 0) {}
 
   PNFS_INLINE_MEMBER void start(std::int64_t channel) {
-    to_x = Unnormalise(shape, part, band, channel);
-    store_next = StoreGradient<T>(shape, gx, more, channel);
+    store_next = StoreGradient<T>(shape, part, band, x, more, gx, store_next.next, channel);
   }
-  PNFS_INLINE_MEMBER void pixel(Vec z, Vec gradient) {
-    __builtin_prefetch(next, 0, 2);
-    next += kWidth;
-    store_next(to_x(z, gradient));
-  }
-  PNFS_INLINE_MEMBER void finish() const { to_x.save(); }
+  PNFS_INLINE_MEMBER void pixel(Vec, Vec gradient) { store_next(gradient); }
+  PNFS_INLINE_MEMBER void finish() const { store_next.to_x.save(); }
 };
 
-// The same for `pixels` pixels without depthwise convolution: t is z.
+// From z's gradient to x's for `pixels` pixels without depthwise convolution.
 template <class T>
 void plain_gradient(const SeparableShape& shape, const Sizes& sizes, const SeparablePart& part,
-                    const BackwardBand& band, const float* z, const float* gt,
-                    std::int64_t pixels, const T* more, T* gx, const T* next) {
+                    const BackwardBand& band, const float* gz, std::int64_t pixels, const T* x,
+                    const T* more, T* gx, const T* next) {
   for (std::int64_t channel = 0; channel < shape.c; channel += kWidth) {
-    Unnormalise to_x(shape, part, band, channel);
-    StoreGradient<T> store_next(shape, gx, more, channel);
-    for (std::int64_t i = 0; i < pixels; ++i) {
-      __builtin_prefetch(next, 0, 2);
-      next += kWidth;
-      const std::int64_t at = i * sizes.c_step + channel;
-      store_next(to_x(load(z + at), load(gt + at)));
-    }
-    to_x.save();
+    StoreGradient<T> store_next(shape, part, band, x, more, gx, next, channel);
+    for (std::int64_t i = 0; i < pixels; ++i) store_next(load(gz + i * sizes.c_step + channel));
+    store_next.to_x.save();
+    next = store_next.next;
   }
 }
 
@@ -328,9 +289,9 @@ struct BackwardWork {
                                       sizes.pixels, sizes.c, shape.o);
       if (d == 0) {
         pointwise_gradient(g, own_pixels, gt_block, next);
-        load_z(shape, sizes, part, x + x_at(row), own_pixels, t);
+        load_pixels(shape, sizes, part, x + x_at(row), own_pixels, t);
         weight_gradient(g, own_pixels, end);
-        plain_gradient(shape, sizes, part, band, t, gt_block, own_pixels, more_at(row),
+        plain_gradient(shape, sizes, part, band, gt_block, own_pixels, x + x_at(row), more_at(row),
                        gx + x_at(row), x + x_at(end));
         continue;
       }
@@ -339,7 +300,7 @@ struct BackwardWork {
                            next);
       }
       for (; loaded < smaller(own_end + d, shape.h); ++loaded) {
-        load_z(shape, sizes, part, x + x_at(loaded), w, z.padded(loaded) + d * sizes.c_step);
+        load_pixels(shape, sizes, part, x + x_at(loaded), w, z.padded(loaded) + d * sizes.c_step);
       }
       for (std::int64_t r = own; r < own_end; ++r) {
         depthwise_row(sizes.row, 1, part.taps, z, r, t + (r - own) * w * sizes.c_step);
@@ -349,8 +310,8 @@ struct BackwardWork {
       const std::int64_t ready = end == stop ? band.last : smaller(end - d, band.last);
       for (std::int64_t ahead = loaded; done < ready; ++done, ++ahead) {
         depthwise_gradient_row(sizes.row, shape.c, part.taps, band.taps, z, gt, done,
-                               GradientSink<T>(shape, part, band, more_at(done), gx + x_at(done),
-                                               x + x_at(ahead)));
+                               GradientSink<T>(shape, part, band, x + x_at(done), more_at(done),
+                                               gx + x_at(done), x + x_at(ahead)));
       }
     }
     if (shape.streams) finish_streams();

@@ -8,12 +8,13 @@ backend, or shows the reason when the backend was asked for by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from pnfs.errors import PnfsError
+from pnfs.errors import PnfsError, did_you_mean
 
 Verdict = tuple[bool, str]
 RUNS: Verdict = (True, "")
@@ -22,6 +23,15 @@ RUNS: Verdict = (True, "")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STORAGE = tuple(DTYPE_CODES)  # types that compiled kernels keep maps in
 STORAGE_CPU = (torch.float32, torch.bfloat16)  # those of the CPU's
+
+
+Activation = Literal["none", "relu", "relu6"]
+ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "relu6")  # index: the code of the kernels
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """One of `ACTIVATIONS`, by name."""
+    return {"none": lambda z: z, "relu": F.relu, "relu6": F.relu6}[activation](x)
 
 
 def no(reason: str) -> Verdict:
@@ -95,6 +105,42 @@ def is_contiguous(**tensors: Tensor | None) -> Verdict:
         if tensor is not None and not tensor.is_contiguous():
             return no(f"{name} is not contiguous (strides {tensor.stride()})")
     return RUNS
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise unless `value` is one of `allowed`.
+
+    Raises:
+        PnfsError: names the argument, what is allowed and the nearest of that.
+    """
+    if value not in allowed:
+        raise PnfsError(
+            f"{name} '{value}' is unknown; use {', '.join(allowed)}{did_you_mean(value, allowed)}"
+        )
+
+
+def check_norm(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+) -> None:
+    """Raise unless these normalise a map on load: `shape` is (P, C).
+
+    Raises:
+        PnfsError: a shape or dtype, mean without var, gamma or beta without them.
+    """
+    given = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
+    for name, tensor in given.items():
+        if tensor is not None:
+            check_tensor(name, tensor, shape, dtype)
+    if (mean is None) != (var is None):
+        raise PnfsError("mean and var must be given both or neither")
+    if mean is None and not (gamma is None and beta is None):
+        raise PnfsError("gamma and beta need mean and var")
 
 
 def is_dense_image(name: str, tensor: Tensor) -> Verdict:

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pnfs.errors import PnfsError, did_you_mean
+from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
-from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
+from pnfs.kernels.checks import ACTIVATIONS, STORAGE, STORAGE_CPU, Activation, Verdict, activate
 from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
 
 KINDS = ("conv", "avg_pool", "max_pool")
-ACTIVATIONS = ("none", "relu", "relu6")
 MAX_STENCILS = 8
 # In the backends' list of stencils; any other entry is the dilation of a convolution.
 AVERAGE_POOL, MAX_POOL = 0, -1
@@ -41,7 +40,7 @@ def depthwise_fanout(
     var: Tensor | None = None,
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
-    activation: str = "none",
+    activation: Activation = "none",
     stats: bool = True,
     eps: float = 1e-5,
 ) -> list[Result]:
@@ -89,13 +88,9 @@ def depthwise_fanout(
         raise PnfsError(f"x {tuple(x.shape)} must have parts, channels and pixels")
     if not 1 <= len(kinds) <= MAX_STENCILS:
         raise PnfsError(f"kinds must name 1 to {MAX_STENCILS} stencils, not {len(kinds)}")
-    for value, allowed, name in [*((kind, KINDS, "kind") for kind in kinds),
-                                 (activation, ACTIVATIONS, "activation")]:  # fmt: skip
-        if value not in allowed:
-            raise PnfsError(
-                f"{name} '{value}' is unknown; use {', '.join(allowed)}"
-                f"{did_you_mean(value, allowed)}"
-            )
+    for kind in kinds:
+        checks.check_choice("kind", kind, KINDS)
+    checks.check_choice("activation", activation, ACTIVATIONS)
     convolutions = sum(kind == "conv" for kind in kinds)
     dilations = [1] * convolutions if dilations is None else dilations
     checks.check_count("weights", weights, convolutions, "convolution")
@@ -108,13 +103,7 @@ def depthwise_fanout(
     for name, tensor in checks.named(weights=weights).items():
         checks.check_tensor(name, tensor, (p, c, 3, 3), *dict.fromkeys((wide, x.dtype)))
     norm = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
-    for name, given in norm.items():
-        if given is not None:
-            checks.check_tensor(name, given, (p, c), wide)
-    if (mean is None) != (var is None):
-        raise PnfsError("mean and var must be given both or neither")
-    if mean is None and not (gamma is None and beta is None):
-        raise PnfsError("gamma and beta need mean and var")
+    checks.check_norm((p, c), wide, **norm)
     checks.check_same_device(x=x, **checks.named(weights=weights), **norm)
     dilation = iter(dilations)
     codes = {"avg_pool": AVERAGE_POOL, "max_pool": MAX_POOL}
@@ -150,10 +139,7 @@ def depthwise_fanout_reference(
         scale = (var + eps).rsqrt()
         z = (z - _per_channel(mean)) * _per_channel(scale if gamma is None else scale * gamma)
         z = z if beta is None else z + _per_channel(beta)
-    if activation == "relu":
-        z = F.relu(z)
-    elif activation == "relu6":
-        z = F.relu6(z)
+    z = activate(z, activation)
     maps = []
     weight = iter(weights)
     for stencil in stencils:
@@ -239,7 +225,7 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def _call(function: str, x: Tensor, stride: int, activation: str, eps: float, *args: Any) -> None:
     p, n, c, h, w = x.shape
-    size = (p, n, c, h, w, x.stride(0), stride, ACTIVATIONS.index(activation))
+    size = (p, n, c, h, w, x.stride(0), stride, ACTIVATIONS.index(cast(Activation, activation)))
     native.call(
         "_cpu", function, x.data_ptr(), *args, size, eps, checks.DTYPE_CODES[x.dtype],
         shapes=f"x {tuple(x.shape)}",

@@ -1,4 +1,4 @@
-"""Depthwise 3×3 and 1×1 convolution in one pass, with batch norm and ReLU on load (Eq. 1).
+"""Depthwise 3×3 and 1×1 convolution in one pass, with batch norm and activation on load (Eq. 1).
 
 Axes: P parts, N batch, C channels in, O channels out, H W; maps are stacked, (P, N, C, H, W), and
 channels-last inside each part. A separable convolution is a chain ReLU → BN → depthwise → 1×1; what
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
-from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
+from pnfs.kernels.checks import ACTIVATIONS, STORAGE, STORAGE_CPU, Activation, Verdict, activate
 from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
 from pnfs.kernels.shared import SharedMap, unshared
 
@@ -31,13 +31,16 @@ def separable_conv(
     bias: Tensor | None = None,
     mean: Tensor | None = None,
     var: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    activation: Activation = "relu",
     dilation: int = 1,
     stats: bool = True,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise, convolve, and take the statistics of the result. Differentiable in every tensor.
 
-        z = relu((x - mean) / sqrt(var + eps))      x itself without `mean` and `var`
+        z = activation(gamma (x - mean) / sqrt(var + eps) + beta)   x itself without `mean`, `var`
         t = depthwise 3×3 convolution of z          z itself without `depthwise`
         y[p, n, o, h, w] = sum_c pointwise[p, o, c] t[p, n, c, h, w] + bias[p, o]
 
@@ -52,6 +55,8 @@ def separable_conv(
         bias: (P, O) or None.
         mean, var: (P, C), statistics of x, biased; those of its batch, as this function returns
             them, or running ones. float32 (float64 for float64 maps). Both or neither.
+        gamma, beta: (P, C), scale and shift after the normalisation, as `mean`; each may be None.
+        activation: "none", "relu" or "relu6", after the normalisation.
         dilation: of the depthwise convolution, in pixels.
         stats: whether to compute `mean_y` and `var_y`.
         eps: of the batch normalisation.
@@ -66,7 +71,7 @@ def separable_conv(
 
     Raises:
         PnfsError: a shape, dtype or device that does not fit, one of `mean` and `var` without the
-            other, a dilation below 1.
+            other, gamma or beta without them, an unknown activation, a dilation below 1.
     """
     shared = x if isinstance(x, SharedMap) else None
     x = unshared(x)
@@ -88,18 +93,17 @@ def separable_conv(
     for name, (tensor, shape) in shapes.items():
         if tensor is not None:
             checks.check_tensor(name, tensor, shape, *dict.fromkeys((wide, x.dtype)))
-    if (mean is None) != (var is None):
-        raise PnfsError("mean and var must be given both or neither")
-    for name, tensor in {"mean": mean, "var": var}.items():
-        if tensor is not None:
-            checks.check_tensor(name, tensor, (p, c), wide)
+    norm = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
+    checks.check_norm((p, c), wide, **norm)
+    checks.check_choice("activation", activation, ACTIVATIONS)
     if dilation < 1:
         raise PnfsError(f"dilation must be at least 1, not {dilation}")
-    checks.check_same_device(
-        x=x, pointwise=pointwise, depthwise=depthwise, bias=bias, mean=mean, var=var
-    )
+    checks.check_same_device(x=x, pointwise=pointwise, depthwise=depthwise, bias=bias, **norm)
     weights = [None if tensor is None else tensor.to(wide) for tensor, _ in shapes.values()]
-    args = (checks.as_stacked(x), *weights, mean, var, int(dilation), bool(stats), float(eps))
+    args = (
+        checks.as_stacked(x), *weights, mean, var, int(dilation), bool(stats), float(eps),
+        gamma, beta, activation,
+    )  # fmt: skip
     if shared is not None and _passes_on(args):
         y, mean_y, var_y, shared.map = _PassOn.apply(*args)
         return y, mean_y, var_y
@@ -116,13 +120,19 @@ def separable_conv_reference(
     dilation: int,
     stats: bool,
     eps: float,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    activation: str = "relu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition; see `separable_conv`. Weights are float32, or float64 for float64 maps."""
     parts = []
     for p, part in enumerate(x.to(pointwise.dtype).unbind(0)):
         if mean is not None and var is not None:
-            scale = (var[p] + eps).rsqrt()[:, None, None]
-            part = F.relu((part - mean[p, :, None, None]) * scale)
+            scale = (var[p] + eps).rsqrt()
+            scale = (scale if gamma is None else scale * gamma[p])[:, None, None]
+            part = (part - mean[p, :, None, None]) * scale
+            part = part if beta is None else part + beta[p, :, None, None]
+            part = activate(part, activation)
         if depthwise is not None:
             taps = depthwise[p, :, None]
             part = F.conv2d(part, taps, padding=dilation, dilation=dilation, groups=len(taps))
@@ -160,17 +170,20 @@ def _empty_backward(
     var: Tensor | None,
     dilation: int,
     eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    activation: str,
     has_bias: bool,
     *_: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of x, pointwise, depthwise, bias, mean and var; (0,) where there is none."""
+    """Gradients of x, pointwise, depthwise, bias, mean, var, gamma and beta; (0,) where there is
+    none."""
     p, o, c = pointwise.shape
     shapes = [
         (p, o, c),
         (0,) if depthwise is None else (p, c, 3, 3),
         (p, o) if has_bias else (0,),
-        (0,) if mean is None else (p, c),
-        (0,) if mean is None else (p, c),
+        *((0,) if tensor is None else (p, c) for tensor in (mean, var, gamma, beta)),
     ]
     weights = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]
     return [checks.empty_stacked(x.shape, x), *weights]
@@ -185,9 +198,10 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _size(x: Tensor, pointwise: Tensor, dilation: int) -> tuple[int, ...]:
+def _size(x: Tensor, pointwise: Tensor, dilation: int, activation: str) -> tuple[int, ...]:
     p, n, c, h, w = x.shape
-    return p, n, c, pointwise.shape[1], h, w, x.stride(0), dilation
+    code = ACTIVATIONS.index(cast(Activation, activation))
+    return p, n, c, pointwise.shape[1], h, w, x.stride(0), dilation, code
 
 
 def _call(
@@ -210,10 +224,13 @@ def _cpp(
     dilation: int,
     stats: bool,
     eps: float,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    activation: str = "relu",
 ) -> Forward:
     results = _empty(x, pointwise, depthwise, bias, mean, var, dilation, stats, eps)
-    weights = _contiguous(pointwise, depthwise, bias, mean, var)
-    size = _size(x, pointwise, dilation)
+    weights = _contiguous(pointwise, depthwise, bias, mean, var, gamma, beta)
+    size = _size(x, pointwise, dilation, activation)
     _call("separable_conv", [x, *weights, *results], x, size, eps)
     return results
 
@@ -226,6 +243,9 @@ def _cpp_backward(
     var: Tensor | None,
     dilation: int,
     eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    activation: str,
     has_bias: bool,
     gy: Tensor,
     y: Tensor | None,
@@ -235,19 +255,23 @@ def _cpp_backward(
     more: Tensor | None = None,
 ) -> list[Tensor]:
     """`more` is as x's gradient, and is added to it."""
-    gradients = _empty_backward(x, pointwise, depthwise, mean, var, dilation, eps, has_bias)
-    weights = _contiguous(pointwise, depthwise, mean, var)
+    gradients = _empty_backward(
+        x, pointwise, depthwise, mean, var, dilation, eps, gamma, beta, activation, has_bias
+    )
+    weights = _contiguous(pointwise, depthwise, mean, var, gamma, beta)
     of_results = [y, mean_y, gy, *_contiguous(g_mean_y, g_var_y), more]
-    size = _size(x, pointwise, dilation)
+    size = _size(x, pointwise, dilation, activation)
     _call("separable_conv_backward", [x, *weights, *of_results, *gradients], x, size, eps)
     return gradients
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    x, pointwise, depthwise, bias, mean, var, ctx.dilation, stats, ctx.eps = inputs
+    x, pointwise, depthwise, bias, mean, var, ctx.dilation, stats, ctx.eps, *rest = inputs
+    gamma, beta, ctx.activation = rest
     ctx.has_bias = bias is not None
     y, mean_y, _ = output
-    ctx.save_for_backward(x, pointwise, depthwise, mean, var, *((y, mean_y) if stats else ()))
+    results = (y, mean_y) if stats else ()
+    ctx.save_for_backward(x, pointwise, depthwise, mean, var, gamma, beta, *results)
     ctx.set_materialize_grads(False)
 
 
@@ -259,7 +283,7 @@ def _backward(
     g_var_y: Tensor | None,
     *more: Tensor,
 ) -> tuple[Any, ...]:
-    x, pointwise, depthwise, mean, var, *results = ctx.saved_tensors
+    x, pointwise, depthwise, mean, var, gamma, beta, *results = ctx.saved_tensors
     y, mean_y = results or (None, None)
     if g_mean_y is None and g_var_y is None:
         y = mean_y = None
@@ -269,21 +293,13 @@ def _backward(
     if gy is None:
         p, n, _, h, w = x.shape
         gy = checks.empty_stacked((p, n, pointwise.shape[1], h, w), x).zero_()
-    gx, g_pointwise, g_depthwise, g_bias, g_mean, g_var = launch(
-        x, pointwise, depthwise, mean, var, ctx.dilation, ctx.eps, ctx.has_bias,
+    gx, g_pointwise, *rest = launch(
+        x, pointwise, depthwise, mean, var, ctx.dilation, ctx.eps,
+        gamma, beta, ctx.activation, ctx.has_bias,
         checks.dense_stacked(gy), y, mean_y, g_mean_y, g_var_y, *map(checks.dense_stacked, more),
     )  # fmt: skip
-    return (
-        gx,
-        g_pointwise,
-        None if depthwise is None else g_depthwise,
-        g_bias if ctx.has_bias else None,
-        None if mean is None else g_mean,
-        None if mean is None else g_var,
-        None,
-        None,
-        None,
-    )
+    of_weights = [g if g.numel() else None for g in rest]
+    return (gx, g_pointwise, *of_weights[:4], None, None, None, *of_weights[4:], None)
 
 
 def _passes_on(args: Sequence[Any]) -> bool:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import depthwise_fanout, native, use_backend
-from pnfs.kernels.depthwise_fanout import ACTIVATIONS
+from pnfs.kernels.checks import ACTIVATIONS
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 STORAGE_CPU = (torch.float32, torch.bfloat16)

@@ -21,9 +21,11 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import SharedMap, checks, native, separable_conv, use_backend
+from pnfs.kernels.checks import ACTIVATIONS, Activation, activate
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 STORAGE_CPU = (torch.float32, torch.bfloat16)
+AFFINE = "depthwise bias normalised gamma beta"
 
 needs_cpp = pytest.mark.skipif(
     not native.has_function("_cpu", "separable_conv")[0],
@@ -47,6 +49,9 @@ class Case:
     bias: Tensor | None = None
     mean: Tensor | None = None
     var: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    activation: Activation = "relu"
     dilation: int = 1
     stats: bool = True
 
@@ -67,11 +72,13 @@ def random_case(
     out: int,
     options: str = "depthwise bias normalised",
     *,
+    activation: Activation = "relu",
     dilation: int = 1,
     stats: bool = True,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Case:
+    """`options`: which of depthwise, bias, normalised (mean and var), gamma and beta there are."""
     generator = torch.Generator().manual_seed(seed)
     p, n, c, h, w = shape
 
@@ -85,6 +92,9 @@ def random_case(
         normal(p, out) if "bias" in options else None,
         normal(p, c) / 4 if "normalised" in options else None,
         normal(p, c).square() + 0.1 if "normalised" in options else None,
+        normal(p, c) + 1 if "gamma" in options else None,
+        normal(p, c) + 0.5 if "beta" in options else None,
+        activation,
         dilation,
         stats,
     )
@@ -93,7 +103,8 @@ def random_case(
 def call(case: Case) -> tuple[Tensor, ...]:
     y, mean, var = separable_conv(
         case.x, case.pointwise, depthwise=case.depthwise, bias=case.bias, mean=case.mean,
-        var=case.var, dilation=case.dilation, stats=case.stats,
+        var=case.var, gamma=case.gamma, beta=case.beta, activation=case.activation,
+        dilation=case.dilation, stats=case.stats,
     )  # fmt: skip
     return (y, mean, var) if case.stats else (y,)
 
@@ -145,7 +156,8 @@ def layers(case: Case) -> tuple[Tensor, ...]:
     outputs = []
     for p, x in enumerate(case.x):
         if case.mean is not None:
-            x = F.relu(F.batch_norm(x, None, None, training=True))
+            affine = [None if t is None else t[p] for t in (case.gamma, case.beta)]
+            x = activate(F.batch_norm(x, None, None, *affine, training=True), case.activation)
         if case.depthwise is not None:
             d = case.dilation
             x = F.conv2d(x, case.depthwise[p, :, None], padding=d, dilation=d, groups=x.shape[1])
@@ -156,10 +168,15 @@ def layers(case: Case) -> tuple[Tensor, ...]:
     return y, by_channel.mean(2), by_channel.var(2, correction=0)
 
 
-@pytest.mark.parametrize("options", ["", "bias", "depthwise", "depthwise bias normalised"])
+@pytest.mark.parametrize("options", ["", "bias", "depthwise", "depthwise bias normalised", AFFINE])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_the_reference_equals_plain_layers(options: str, dilation: int) -> None:
-    case = random_case((3, 2, 5, 6, 7), 4, options, dilation=dilation).double()
+def test_the_reference_equals_plain_layers(
+    options: str, activation: Activation, dilation: int
+) -> None:
+    case = random_case(
+        (3, 2, 5, 6, 7), 4, options, activation=activation, dilation=dilation
+    ).double()
     weights = [t for name, t in case.tensors.items() if name not in ("mean", "var")]
 
     def op(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -179,7 +196,7 @@ def test_the_reference_equals_plain_layers(options: str, dilation: int) -> None:
         assert error_of(a, b) < 1e-12
 
 
-@pytest.mark.parametrize("options", ["", "depthwise bias normalised"])
+@pytest.mark.parametrize("options", ["", "depthwise bias normalised", AFFINE])
 def test_gradcheck_of_the_reference(options: str) -> None:
     case = random_case((1, 2, 2, 3, 2), 2, options, dilation=2).double()
     leaves = tuple(tensor.requires_grad_() for tensor in case.tensors.values())
@@ -204,6 +221,19 @@ def test_equals_the_float64_reference(
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", STORAGE_CPU)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "options", ["normalised", "normalised beta", "normalised gamma beta", AFFINE]
+)
+def test_every_normalisation_and_activation(
+    backend: str, device: str, isa: str, dtype: torch.dtype, activation: Activation, options: str
+) -> None:
+    case = random_case((2, 2, 36, 7, 9), 80, options, activation=activation, dtype=dtype)
+    check(case, backend, device, isa)
+
+
+@on_every_backend
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_shape(backend: str, device: str, isa: str, data: st.DataObject) -> None:
@@ -216,6 +246,8 @@ def test_any_shape(backend: str, device: str, isa: str, data: st.DataObject) -> 
         data.draw(st.integers(1, 14)),
     )
     options = " ".join(data.draw(st.sets(st.sampled_from(["depthwise", "bias", "normalised"]))))
+    if "normalised" in options:
+        options += " " + " ".join(data.draw(st.sets(st.sampled_from(["gamma", "beta"]))))
     dtype = data.draw(st.sampled_from(STORAGE_CPU))
     # The gradient through var_y is 2 (y - mean_y) / count, of a y that was rounded to its storage:
     # over a handful of bfloat16 values that rounding is all there is of it.
@@ -224,6 +256,7 @@ def test_any_shape(backend: str, device: str, isa: str, data: st.DataObject) -> 
         shape,
         data.draw(channels),
         options,
+        activation=data.draw(st.sampled_from(ACTIVATIONS)),
         dilation=data.draw(st.integers(1, 3)),
         stats=data.draw(st.booleans()) and enough,
         dtype=dtype,
@@ -412,13 +445,14 @@ def test_every_value_is_written_and_equal_in_every_run(isa: str) -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", STORAGE_CPU)
-@pytest.mark.parametrize("options", ["", "depthwise bias normalised"])
+@pytest.mark.parametrize("options", ["", "depthwise bias normalised", AFFINE])
 def test_opcheck(dtype: torch.dtype, options: str) -> None:
     for stats in (True, False):
         case = random_case((2, 2, 5, 3, 4), 6, options, dtype=dtype, stats=stats)
         case = case.with_tensors(tuple(tensor.requires_grad_() for tensor in case.tensors.values()))
-        args = tuple(getattr(case, field.name) for field in fields(case))
-        torch.library.opcheck(torch.ops.pnfs.separable_conv_cpp.default, (*args, 1e-5))
+        tensors = (case.x, case.pointwise, case.depthwise, case.bias, case.mean, case.var)
+        rest = (case.dilation, stats, 1e-5, case.gamma, case.beta, case.activation)
+        torch.library.opcheck(torch.ops.pnfs.separable_conv_cpp.default, (*tensors, *rest))
 
 
 @needs_cpp
@@ -495,6 +529,10 @@ GOOD: dict[str, Any] = {
         ({"bias": torch.zeros(5)}, r"bias must have shape \(2, 5\)"),
         ({"mean": None}, "mean and var must be given both or neither"),
         ({"var": torch.ones(2, 5)}, r"var must have shape \(2, 4\)"),
+        ({"gamma": torch.ones(2, 5)}, r"gamma must have shape \(2, 4\)"),
+        ({"beta": torch.ones(2, 4).double()}, "beta must be float32, not float64"),
+        ({"mean": None, "var": None, "gamma": torch.ones(2, 4)}, "gamma and beta need mean"),
+        ({"activation": "relu5"}, "activation 'relu5' is unknown; use none, relu, relu6"),
         ({"dilation": 0}, "dilation must be at least 1, not 0"),
         ({"bias": torch.zeros(2, 5, device="meta")}, "bias is on meta but x is on cpu"),
     ],

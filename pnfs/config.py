@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -45,6 +45,7 @@ class _Fabric(Section):
     channels: int = Field(10, ge=1, le=256)
     operations: tuple[str, ...] = ("zero", "skip", "separable", "atrous")
     profile: Profile = "posenfs"
+    partial: int = Field(1, ge=1, le=256)  # 1 / partial of the channels pass through the mixes
 
     @field_validator("operations")
     @classmethod
@@ -58,6 +59,14 @@ class _Fabric(Section):
         if not value or len(set(value)) != len(value):
             raise ValueError(f"{list(value)} must be distinct operations, at least one")
         return value
+
+    @model_validator(mode="after")
+    def _partial_divides(self) -> Self:
+        if self.channels % self.partial:
+            raise ValueError(
+                f"partial {self.partial} does not divide {self.channels} channels; use a divisor"
+            )
+        return self
 
 
 class FabricConfig(_Fabric):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pnfs import kernels
 from pnfs.architecture import mixing_weights, new_alpha, new_beta
 from pnfs.config import Profile
+from pnfs.kernels.checks import dense_stacked
 from pnfs.kernels.shared import SharedMap, unshared
 from pnfs.liveness import CellPlan, Dropped, FabricPlan, Parts, Place, plan_fabric
 from pnfs.operations import (
@@ -89,6 +90,10 @@ class MixedEdge(nn.Module):
     """One directed edge of a cell: the softmax(α)-weighted sum of all operations (Eq. 1).
 
     An operation holds weights for, and runs in, the parts that use it alone.
+
+    With partial channels (PC-DARTS) the first C / partial channels pass through the operations and
+    the others pass by; those come first in the result, so that another edge after this one
+    transforms others.
     """
 
     def __init__(
@@ -98,14 +103,16 @@ class MixedEdge(nn.Module):
         profile: Profile,
         parts: Parts,
         users: tuple[Parts, ...],
+        partial: int = 1,
     ) -> None:
         """`parts`: those of the cell; `users`: per operation, those that use it."""
         super().__init__()
         self.scale = float(len(operations)) if profile == "posenfs" else 1.0
         self.parts = parts
+        self.partial, self.mixed = partial, channels // partial
         self.users = {name: used for name, used in zip(operations, users, strict=True) if used}
         branches = {
-            name: build_branch(name, len(used), channels) for name, used in self.users.items()
+            name: build_branch(name, len(used), self.mixed) for name, used in self.users.items()
         }
         self.operations = nn.ModuleDict(
             {n: branch for n, branch in branches.items() if branch is not None}
@@ -117,6 +124,15 @@ class MixedEdge(nn.Module):
     def forward(self, x_PNCHW: Tensor | SharedMap, alpha_PO: Tensor) -> Tensor:
         """x (P, N, C, H, W), softmax(α) of this edge (P, O) → (P, N, C, H, W)."""
         shared = x_PNCHW if isinstance(x_PNCHW, SharedMap) else SharedMap(x_PNCHW)
+        if self.partial == 1:
+            return self._mix(shared, alpha_PO)
+        x_PNHWC = shared.map.permute(0, 1, 3, 4, 2)
+        mixed = self._mix(SharedMap(dense_stacked(shared.map[:, :, : self.mixed])), alpha_PO)
+        passing_by = x_PNHWC[..., self.mixed :]
+        both = torch.cat([passing_by, mixed.permute(0, 1, 3, 4, 2)], dim=-1)
+        return both.permute(0, 1, 4, 2, 3)
+
+    def _mix(self, shared: SharedMap, alpha_PO: Tensor) -> Tensor:
         if not self.columns:
             return torch.zeros_like(shared.map)
         branches = []
@@ -138,7 +154,9 @@ class MixedEdge(nn.Module):
 class Cell(nn.Module):
     """Eq. 3: three inputs mixed by β, H hidden nodes joined by mixed edges, one 1×1 output."""
 
-    def __init__(self, plan: CellPlan, fabric: FabricPlan, profile: Profile) -> None:
+    def __init__(
+        self, plan: CellPlan, fabric: FabricPlan, profile: Profile, partial: int = 1
+    ) -> None:
         super().__init__()
         self.plan = plan
         self.row = plan.row
@@ -154,7 +172,7 @@ class Cell(nn.Module):
             for source, readers in zip(plan.row.inputs, plan.inputs, strict=True)
         )
         self.edges = nn.ModuleList(
-            MixedEdge(topology.operations, channels, profile, plan.parts, users)
+            MixedEdge(topology.operations, channels, profile, plan.parts, users, partial)
             for users in plan.operations
         )
         self.output = PartConv2d(
@@ -243,9 +261,11 @@ class Fabric(nn.Module):
         in_channels: tuple[int, ...] | None = None,
         dropped: Dropped | None = None,
         outputs: Mapping[int, Parts] | None = None,
+        partial: int = 1,
     ) -> None:
         """
         Args:
+            partial: see `MixedEdge`; must divide the channels.
             in_channels: channels of the pyramid's levels, or None when a stem feeds layer 0.
             dropped, outputs: what pruning left out, see `plan_fabric`.
         """
@@ -253,6 +273,7 @@ class Fabric(nn.Module):
         self.topology = topology
         self.parts = parts
         self.profile = profile
+        self.partial = partial
         self.plan = plan_fabric(topology, parts, dropped, outputs=outputs)
         self.alpha = new_alpha(topology, parts)
         self.beta = new_beta(topology, parts)
@@ -276,7 +297,7 @@ class Fabric(nn.Module):
                 for level, (channels, users) in enumerate(zip(in_channels, readers, strict=False))
             )
         self.cells = nn.ModuleDict(
-            {cell.row.name: Cell(cell, self.plan, profile) for cell in self.plan.cells}
+            {cell.row.name: Cell(cell, self.plan, profile, partial) for cell in self.plan.cells}
         )
         self.updates = share_updates(self)
 

@@ -48,6 +48,7 @@ class PoseNet(nn.Module):
             profile=config.fabric.profile,
             in_channels=self.backbone.channels,
             dropped=dropped,
+            partial=config.fabric.partial,
         )
         counts = [len(keypoints) for keypoints in part_table.values()]
         self.head = VectorHead(topology.channels_at(0), counts, config.vector_dim)

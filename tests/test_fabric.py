@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from pnfs.architecture import entropy, mixing_weights, randomize_
 from pnfs.backbones.fabric import FabricBackbone
 from pnfs.config import FABRIC_BACKBONES, OPERATIONS
-from pnfs.fabric import Fabric
+from pnfs.fabric import Fabric, MixedEdge
 from pnfs.kernels.checks import as_stacked
 from pnfs.kernels.shared import SharedMap
 from pnfs.operations import build_branch
@@ -107,6 +107,27 @@ def test_the_posenfs_profile_scales_the_mixes_and_the_papers_does_not():
     torch.testing.assert_close(
         cell.input_node(features, beta), F.relu(3 * printed.input_node(features, beta))
     )
+
+
+@pytest.mark.parametrize("profile", ["posenfs", "paper"])
+def test_partial_channels_send_the_first_through_the_mix_and_let_the_others_pass(profile):
+    operations, everywhere = ("zero", "skip", "separable", "max_pool"), (0, 1)
+    users = (everywhere,) * len(operations)
+    edge = MixedEdge(operations, 8, profile, everywhere, users, partial=4)
+    small = MixedEdge(operations, 2, profile, everywhere, users)
+    small.load_state_dict(edge.state_dict())
+    x = as_stacked(torch.randn(2, 3, 8, 6, 5)).requires_grad_(True)
+    alpha = torch.randn(2, 4).softmax(-1)
+    mixed = small(as_stacked(x[:, :, :2]), alpha)
+    out = edge(x, alpha)
+    assert torch.equal(out, torch.cat([x[:, :, 2:], mixed], dim=2))
+    assert as_stacked(out) is out
+    weight = torch.randn_like(out)
+    ours, theirs = (
+        torch.autograd.grad((y * weight).sum(), x, retain_graph=True)[0]
+        for y in (out, torch.cat([x[:, :, 2:], mixed], dim=2))
+    )
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_a_mix_of_zero_alone_is_zero():

@@ -14,6 +14,7 @@ from pnfs.checkpoint import load_model
 from pnfs.config import Config
 from pnfs.costs import count_costs
 from pnfs.errors import PnfsError
+from pnfs.folding import fold
 from pnfs.model import PoseNet, build_model
 from pnfs.pruning import prune
 from pnfs.search import (
@@ -149,9 +150,9 @@ def test_a_collapse_to_skip_freezes_the_architecture(tmp_path: Path) -> None:
     assert len(mixes) > 2 and all(mix == mixes[0] for mix in mixes)
 
 
-def pruned_to(operation: str) -> PoseNet:
+def pruned_to(operation: str, *settings: str) -> PoseNet:
     """One operation in all edges, one input for every cell."""
-    model = build_model(small_config(Path("unused")).model).eval()
+    model = build_model(small_config(Path("unused"), *settings).model).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for fabric in find_fabrics(model).values():
@@ -163,8 +164,12 @@ def pruned_to(operation: str) -> PoseNet:
     return prune(model, images=torch.randn(1, 3, 64, 64))[0]
 
 
-def test_expected_macs_of_certain_mixes_are_those_that_are_made() -> None:
-    few, many = pruned_to("skip"), pruned_to("separable")
+PARTIAL = ("model.fabric.channels=2", "model.fabric.partial=2")
+
+
+@pytest.mark.parametrize("settings", [(), PARTIAL])
+def test_expected_macs_of_certain_mixes_are_those_that_are_made(settings: tuple[str, ...]) -> None:
+    few, many = (pruned_to(operation, *settings) for operation in ("skip", "separable"))
     made = [count_costs(model, (64, 64)).conv_macs for model in (few, many)]
     expected = [expected_macs(model, (64, 64)).item() for model in (few, many)]
     assert made[1] - made[0] == expected[1] - expected[0] > 0
@@ -240,3 +245,24 @@ def test_an_architecture_without_any_mix_is_refused(tmp_path: Path, row: list[ob
         PnfsError, match=rf"{part}.beta must be numbers of shape .* not a whole row"
     ):
         load_architecture(model, path)
+
+
+def test_an_architecture_searched_with_partial_channels_is_trained_with_all(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "people", *PARTIAL)
+    result = train(config, tmp_path / "search", quiet=True)
+    searched = load_model(result.run)
+    with pytest.raises(PnfsError, match="partial channels cannot be folded"):
+        fold(searched)
+    file = f"search.architecture={result.run / 'architecture.json'}"
+    settings = ["search.strategy=none", file, "model.fabric.partial=1"]
+    whole = small_config(tmp_path / "people", *PARTIAL, *settings)
+    trained = load_model(train(whole, tmp_path / "whole", quiet=True).run)
+    pairs = zip(searched.architecture_parameters(), trained.architecture_parameters(), strict=True)
+    assert all(torch.equal(x, y) and x.any() for x, y in pairs)
+    counts = [sum(p.numel() for p in model.parameters()) for model in (searched, trained)]
+    assert counts[0] < counts[1]
+
+
+def test_partial_channels_divide_the_channels() -> None:
+    with pytest.raises(PnfsError, match="partial 3 does not divide 4 channels"):
+        config_for("sync", "model.fabric.channels=4", "model.fabric.partial=3")

@@ -63,7 +63,14 @@ class FabricBackbone(Backbone):
             names = pruning.operations, pruning.inputs
             dropped = Dropped.from_names(topology, ["backbone"], *names)
         outputs = None if read is None else dict.fromkeys(read, (0,))
-        self.fabric = Fabric(topology, 1, profile=config.profile, dropped=dropped, outputs=outputs)
+        self.fabric = Fabric(
+            topology,
+            1,
+            profile=config.profile,
+            dropped=dropped,
+            outputs=outputs,
+            partial=config.partial,
+        )
 
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images (N, 3, H, W) → four maps (N, channels[level], H / s, W / s), s = 4, 8, 16, 32; an

@@ -20,6 +20,7 @@ from pnfs.backbones.fabric import FabricBackbone
 from pnfs.backbones.mobilenet_v2 import MobileNetV2
 from pnfs.capture import Captured, Recorder, recorder_for
 from pnfs.errors import PnfsError
+from pnfs.fabric import Fabric
 from pnfs.folding.backbones import fused_backbone, write_mobilenet, write_stem
 from pnfs.folding.fabric import FabricFolder, live_inputs
 from pnfs.folding.writer import Feature, Writer
@@ -71,10 +72,15 @@ def fold(model: nn.Module) -> FoldedPoseNet:
         model: a PoseNet, from `build_model` or `load_model`.
 
     Raises:
-        PnfsError: not a PoseNet.
+        PnfsError: not a PoseNet, or one with partial channels.
     """
     if not isinstance(model, PoseNet):
         raise PnfsError(f"fold: takes a PoseNet, not {type(model).__name__}")
+    if _has_partial_channels(model):
+        raise PnfsError(
+            "fold: a fabric with partial channels cannot be folded; train its architecture with "
+            "partial=1 (search.architecture), which is what partial channels are for"
+        )
     return FoldedPoseNet(model).eval()
 
 
@@ -101,6 +107,8 @@ def for_evaluation(model: nn.Module, device: torch.device, precision: str) -> nn
         return ReplayedNetwork(model, recorder)
     if type(model) is not PoseNet or device.type != "cpu" or precision != "fp32":
         return model
+    if _has_partial_channels(model):
+        return model
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
         return model
     example = torch.empty(0)
@@ -109,6 +117,10 @@ def for_evaluation(model: nn.Module, device: torch.device, precision: str) -> nn
     except PnfsError:  # another backend was asked for
         return model
     return fold(model) if chosen == "cpp" else model
+
+
+def _has_partial_channels(model: PoseNet) -> bool:
+    return any(module.partial > 1 for module in model.modules() if isinstance(module, Fabric))
 
 
 def _is_foldable(model: PoseNet) -> bool:

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -61,7 +61,7 @@ class _Fabric(Section):
         return value
 
     @model_validator(mode="after")
-    def _partial_divides(self) -> Self:
+    def _partial_divides(self) -> _Fabric:
         if self.channels % self.partial:
             raise ValueError(
                 f"partial {self.partial} does not divide {self.channels} channels; use a divisor"

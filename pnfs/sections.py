@@ -71,7 +71,7 @@ class SearchConfig(Section):
     lr_schedule: Literal["weights", "constant", "step", "cosine"] | None = None
     weight_decay: float | None = Field(None, ge=0)
     temperature: tuple[float, float] = (5.0, 1.0)  # gumbel: first and last, geometric in between
-    sampled: float = Field(0.6, ge=0, le=1)  # gumbel: share of the run before the mean mixes
+    sampled: float = Field(0.3, ge=0, le=1)  # gumbel: share of the run before the mean mixes
     macs_penalty: float = Field(0.0, ge=0)  # loss per expected 10⁹ multiply-adds of α's, β's mixes
     stop_at_skip: float | None = Field(None, gt=0, lt=1)  # freeze α, β at this mean share of skip
     log_every: int = Field(20, ge=1)  # steps between rows about α, β in metrics.jsonl

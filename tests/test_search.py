@@ -20,6 +20,7 @@ from pnfs.pruning import prune
 from pnfs.search import (
     STRATEGIES,
     Monitor,
+    StepContext,
     build_strategy,
     decay_gradients,
     expected_macs,
@@ -27,6 +28,7 @@ from pnfs.search import (
     load_architecture,
     save_architecture,
 )
+from pnfs.steps import Stepper
 from pnfs.train import train
 
 
@@ -140,6 +142,31 @@ def test_an_architecture_goes_to_a_file_and_back_exactly(tmp_path: Path) -> None
     with pytest.raises(PnfsError, match=r"another topology: fabrics.parts.topology.operations is"):
         load_architecture(third, path)
     assert not any(p.any() for p in third.architecture_parameters())
+
+
+@pytest.mark.parametrize("stop_at", [None, 4])
+def test_moments_start_anew_when_sampling_ends(stop_at: int | None) -> None:
+    """Of the whole optimiser, once, whether the schedule or the rule against a collapse ends it."""
+    config = config_for("gumbel", "search.sampled=0.6")
+    model = build_model(config.model)
+    stepper = Stepper(config, model, build_strategy(config), torch.device("cpu"))
+    strategy, counts = stepper.strategy, []
+    for step in range(10):
+        if step == stop_at:
+            strategy.stop(step)
+        context = StepContext(
+            step, 10, 1e-3, 1e-3, stepper.optimizer, [], lambda: None, stepper.gradients
+        )
+        strategy.before_step(context)
+        for parameter in stepper.trained:
+            parameter.grad = torch.ones_like(parameter)
+        strategy.after_backward(context)
+        stepper.optimizer.step()
+        states = stepper.optimizer.state.values()
+        (count,) = {float(state["step"]) for state in states}
+        counts.append(count)
+    last = stop_at or 6
+    assert counts == [*range(1, last + 1), *range(1, 11 - last)]
 
 
 def test_a_collapse_to_skip_freezes_the_architecture(tmp_path: Path) -> None:

@@ -201,7 +201,9 @@ class Gumbel(Synchronous):
     One sample per step, the same on all ranks, a pure function of `search.seed` and the step. τ
     falls geometrically from the first to the second `search.temperature` over the share
     `search.sampled` of the run. After it the mean mixes are trained, those that the model is used
-    with: SNAS derives a network and trains that; here the network stays continuous.
+    with: SNAS derives a network and trains that; here the network stays continuous. The optimiser's
+    moments start anew then: the second ones, which remember a thousand steps, are those of noisy
+    gradients and would hold the weights back.
     """
 
     name = "gumbel"
@@ -216,7 +218,7 @@ class Gumbel(Synchronous):
 
     def temperature(self, step: int, total: int) -> float | None:
         sampled = self.config.search.sampled * total
-        if step >= sampled or self.stopped_at is not None:
+        if step >= sampled or (self.stopped_at is not None and step >= self.stopped_at):
             return None
         first, last = self.config.search.temperature
         return first * (last / first) ** (step / sampled)
@@ -225,6 +227,10 @@ class Gumbel(Synchronous):
     def before_step(self, context: StepContext) -> None:
         tau = self.temperature(context.step, context.total_steps)
         if tau is None:
+            if context.step and self.temperature(context.step - 1, context.total_steps) is not None:
+                for state in context.optimizer.state.values():
+                    for value in state.values():
+                        value.zero_()
             return
         generator = np.random.default_rng([self.config.search.seed, context.step])
         self._logits = [parameter.detach().clone() for parameter in self.architecture]

@@ -285,6 +285,13 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
                 values[name] = torch.empty_like(parameter).copy_(value)
 
 
+def seed_random(seed: int) -> None:
+    """Seed Python's, numpy's and torch's global generators (every CUDA device too)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """State of Python's, numpy's and torch's global generators (every CUDA device too)."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pnfs.checkpoint import MODEL, find_weights, load_model, read_metadata, save_weights
+from pnfs import distributed
+from pnfs.checkpoint import MODEL, find_weights, is_run, load_model, read_metadata, save_weights
 from pnfs.config import Config, EvalProfile, Precision, load_config, override_config
-from pnfs.data import load_people, make_loader
+from pnfs.data import PeopleDataset, load_people, make_loader
 from pnfs.errors import PnfsError, did_you_mean
 from pnfs.estimator import PoseEstimator
 from pnfs.evaluation import EvalResult, evaluate
@@ -64,6 +65,8 @@ def train_command(
 ) -> str | None:
     """`pnfs train`. Returns the name of the signal that stopped the run, if one did.
 
+    Processes that torchrun started again after one had died resume what they began.
+
     Raises:
         PnfsError: options that exclude each other, and everything `train` raises.
     """
@@ -80,16 +83,21 @@ def train_command(
     if strategy is not None:
         overrides.append(f"search.strategy={strategy}")
     overrides += settings
-    if resume:
-        if out is not None and (preset or config_file):
-            raise PnfsError(
-                "--resume continues a run with its own configuration; drop --preset and --config, "
-                "and change settings with --set"
-            )
-        config = run_config(folder, overrides)
-    else:
-        config = load_config(source, overrides)
-    return train(config, folder, resume=resume, overwrite=overwrite, device=device).stopped_by
+    if resume and out is not None and (preset or config_file):
+        raise PnfsError(
+            "--resume continues a run with its own configuration; drop --preset and --config, "
+            "and change settings with --set"
+        )
+
+    def resolve() -> tuple[Config, bool]:
+        if resume or (distributed.restarted() and is_run(folder)):
+            return run_config(folder, overrides), True
+        return load_config(source, overrides), False
+
+    with distributed.group(select_device(device)):
+        config, go_on = distributed.from_first(resolve)
+        overwrite = overwrite and not go_on
+        return train(config, folder, resume=go_on, overwrite=overwrite, device=device).stopped_by
 
 
 def eval_command(
@@ -104,7 +112,7 @@ def eval_command(
     out: Path | None,
     device: str,
 ) -> EvalResult:
-    """`pnfs eval`: load, score, print, and write if asked.
+    """`pnfs eval`: load, score, print, and write if asked; under torchrun, in shares.
 
     Raises:
         PnfsError: no such run, model and data that do not fit, broken data.
@@ -118,14 +126,21 @@ def eval_command(
     if flip is not None:
         overrides.append(f"eval.flip={str(flip).lower()}")
     config = override_config(read_metadata(find_weights(run))[0], [*overrides, *settings])
-    chosen = select_device(device)
-    people = load_people(config.data, config.model.skeleton_table, "val")
-    if out is not None:
-        make_folder(out)  # before the work whose results go there
-    result = evaluate(load_model(run, chosen), people, config, device=chosen, precision=precision)
-    print(result.text())
-    if out is not None:
-        result.write(out)
+
+    def prepare() -> PeopleDataset:  # on rank 0 first: synthetic people are rendered once
+        if out is not None:
+            make_folder(out)  # before the work whose results go there
+        return load_people(config.data, config.model.skeleton_table, "val")
+
+    def report() -> None:
+        print(result.text())
+        if out is not None:
+            result.write(out)
+
+    with distributed.group(select_device(device)) as own:
+        people = distributed.from_first(prepare)
+        result = evaluate(load_model(run, own), people, config, device=own, precision=precision)
+        distributed.on_first(report)
     return result
 
 

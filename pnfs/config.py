@@ -222,6 +222,7 @@ class TrainConfig(Section):
     eval_every: int = Field(1, ge=0)  # epochs; 0 = only at the end
     checkpoint_every: int = Field(0, ge=0)  # steps; 0 = only at the end of each epoch
     max_skipped_fraction: float = Field(0.01, ge=0, le=1)  # of broken samples before the run stops
+    max_nonfinite_steps: int = Field(20, ge=1)  # in a row, all skipped, before the run stops
     sync_batch_norm: bool = True
     tensorboard: bool = False
 

@@ -5,8 +5,10 @@ Without torchrun everything here is the identity for one process.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,16 +19,31 @@ from pnfs.backbones.norm import BatchNormAct2d, Statistics
 from pnfs.errors import PnfsError
 from pnfs.operations import PartBatchNorm2d
 
+T = TypeVar("T")
+
 
 def launched_by_torchrun() -> bool:
     """Whether this process is one of several (or one) that torchrun started."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(device: torch.device) -> torch.device:
-    """Join the process group (NCCL on CUDA, Gloo on the CPU); returns this process's own device."""
-    if not launched_by_torchrun():
-        return device
+def restarted() -> bool:
+    """Whether torchrun (`--max-restarts`) started this process in place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@contextlib.contextmanager
+def group(device: torch.device) -> Iterator[torch.device]:
+    """Be one of the processes that torchrun started: NCCL on CUDA, Gloo on the CPU.
+
+    Yields this process's own device. A group that exists already is used, and left as it is.
+
+    Raises:
+        PnfsError: more processes than GPUs, or another process of the group is gone.
+    """
+    if not launched_by_torchrun() and not dist.is_initialized():
+        yield device
+        return
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
@@ -36,15 +53,26 @@ def join(device: torch.device) -> torch.device:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    joined = not dist.is_initialized()
+    if joined:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+    own = rank()
+    try:
+        yield device
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        raise PnfsError(
+            f"rank {own}: another process of this run is gone; its own last lines say why"
+        ) from None
+    finally:
+        if joined:
+            dist.destroy_process_group()
 
 
-def leave() -> None:
-    """Leave the process group, if this process joined one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because a process at its other end has left."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def rank() -> int:
@@ -63,13 +91,33 @@ def barrier() -> None:
         dist.barrier()
 
 
-def from_first(value: Any) -> Any:
-    """Rank 0's `value` on every rank (any picklable object; it never touches a file)."""
+def from_first(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank: any object that can be pickled; it never touches a file.
+
+    Raises:
+        PnfsError: the one that `make` raised on rank 0, on every rank.
+    """
     if world() == 1:
-        return value
-    box = [value]
+        return make()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = make()
+        except PnfsError as error:
+            box[1] = str(error)
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    if box[1] is not None:
+        raise PnfsError(box[1])
+    return cast(T, box[0])
+
+
+def on_first(action: Callable[[], object]) -> None:
+    """Let rank 0 alone do something; if it raises a PnfsError, every rank does."""
+
+    def act() -> None:
+        action()
+
+    from_first(act)
 
 
 def copy_from_first(tensors: list[Tensor]) -> None:

@@ -1,25 +1,27 @@
 """The run folder: who may write it, what stands beside the checkpoints, and what the screen shows.
 
 RUN/config.yaml      the resolved configuration
-RUN/run.json         one entry per start: command line, git commit, versions, device, preset
+RUN/run.json         one entry per start: command line, git commit, versions, device, configuration
 RUN/metrics.jsonl    one JSON object per line: {"event": "train" or "eval", "step", …}
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from pnfs.checkpoint import MODEL, is_run
-from pnfs.config import Config, dump_config, load_config
+from pnfs.config import Config, dump_config, load_config, override_config, parse_config
 from pnfs.errors import PnfsError
 from pnfs.info import package_versions
 from pnfs.search import ARCHITECTURE
@@ -64,11 +66,12 @@ def open_run(out: Path, *, resume: bool, overwrite: bool) -> IO[str]:
 
 
 def discard_run(out: Path) -> None:
-    """Remove what a run wrote into `out`, and nothing else."""
-    for name in (CONFIG, RUN, METRICS, MODEL, ARCHITECTURE):
-        (out / name).unlink(missing_ok=True)
+    """Remove what a run wrote into `out`, and nothing else. Until it is gone it can be resumed, or
+    discarded again: what marks the folder as a run's goes last."""
     for folder in ("checkpoints", "tensorboard"):
         shutil.rmtree(out / folder, ignore_errors=True)
+    for name in (METRICS, MODEL, ARCHITECTURE, CONFIG, RUN):
+        (out / name).unlink(missing_ok=True)
 
 
 def _lock(lock: IO[str], out: Path) -> None:
@@ -83,13 +86,13 @@ def _lock(lock: IO[str], out: Path) -> None:
         holder = lock.read().strip() or "unknown"
         lock.close()
         raise PnfsError(
-            f"{out}: in use by another training process (pid {holder}); wait for it or choose "
+            f"{out}: in use by another training process ({holder}); wait for it or choose "
             "another --out"
         ) from None
     except OSError:
         return  # a file system without locks
     lock.truncate(0)
-    lock.write(str(os.getpid()))
+    lock.write(f"pid {os.getpid()} on {platform.node()}")
     lock.flush()
 
 
@@ -99,22 +102,28 @@ def run_config(run: Path, overrides: tuple[str, ...] | list[str] = ()) -> Config
     Raises:
         PnfsError: `run` is not a run folder.
     """
-    if not (run / CONFIG).is_file():
+    if (run / CONFIG).is_file():
+        return load_config(run / CONFIG, overrides)
+    starts = _starts(run)  # a run that was killed before it wrote config.yaml has it there
+    if not starts or "config" not in starts[-1]:
         raise PnfsError(
             f"{run}: not a run folder (no {CONFIG}); give one that `pnfs train --out` wrote"
         )
-    return load_config(run / CONFIG, overrides)
+    return override_config(parse_config(starts[-1]["config"], where=str(run / RUN)), overrides)
+
+
+def _starts(run: Path) -> list[dict[str, Any]]:
+    """The entries of run.json; none if it cannot be read."""
+    try:
+        starts: list[dict[str, Any]] = json.loads((run / RUN).read_text(encoding="utf-8"))["starts"]
+    except (ValueError, KeyError, OSError):
+        return []
+    return starts
 
 
 def write_record(out: Path, config: Config, *, device: str, world: int, step: int) -> None:
     """Write config.yaml and add this start to run.json."""
-    path = out / RUN
-    starts: list[Any] = []
-    if path.is_file():
-        try:
-            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-        except (ValueError, KeyError, OSError):
-            starts = []
+    starts = _starts(out)
     starts.append(
         {
             "command": sys.argv,
@@ -125,9 +134,10 @@ def write_record(out: Path, config: Config, *, device: str, world: int, step: in
             "device": device,
             "processes": world,
             "versions": package_versions(),
+            "config": config.model_dump(mode="json"),
         }
     )
-    write_json(path, {"starts": starts})  # first: it marks the folder as a run's (`is_run`)
+    write_json(out / RUN, {"starts": starts})  # first: it marks the folder as a run's (`is_run`)
     write_text(out / CONFIG, dump_config(config))
 
 
@@ -153,23 +163,31 @@ class Metrics:
     """metrics.jsonl, and TensorBoard's event files if asked for.
 
     `position` is flushed to disk before a checkpoint stores it; a resumed run cuts the file there,
-    so that rows of steps that are taken again do not stand in it twice.
+    so that rows of steps that are taken again do not stand in it twice. TensorBoard hides what it
+    has of steps after `step`.
     """
 
-    def __init__(self, out: Path, *, position: int = 0, tensorboard: bool = False) -> None:
-        path = out / METRICS
+    def __init__(
+        self, out: Path, *, position: int = 0, step: int = 0, tensorboard: bool = False
+    ) -> None:
+        self._path = out / METRICS
+        with self._plain_errors():
+            self._file = self._path.open("ab")
+            if self._file.tell() > position:
+                self._file.truncate(position)
+                self._file.seek(0, os.SEEK_END)
+        sync_folder(out)
+        self._board = _summary_writer(out / "tensorboard", step + 1) if tensorboard else None
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
         try:
-            self._file = path.open("ab")
+            yield
         except OSError as error:
             raise PnfsError(
-                f"{path}: cannot be written ({reason(error)}); choose another --out"
+                f"{self._path}: cannot be written ({reason(error)}); free disk space or choose "
+                "another --out"
             ) from None
-        self._path = path
-        if self._file.tell() > position:
-            self._file.truncate(position)
-            self._file.seek(0, os.SEEK_END)
-        sync_folder(out)
-        self._board = _summary_writer(out / "tensorboard") if tensorboard else None
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
         """Append one row. `values` holds `step` and `epoch`; numbers go to TensorBoard too.
@@ -181,13 +199,9 @@ class Metrics:
             for name, value in values.items()
         }
         row = json.dumps({"event": event, **finite}) + "\n"
-        try:
+        with self._plain_errors():
             self._file.write(row.encode())
             self._file.flush()
-        except OSError as error:
-            raise PnfsError(
-                f"{self._path}: cannot be written ({reason(error)}); free disk space"
-            ) from None
         if self._board is not None:
             for name, value in finite.items():
                 if isinstance(value, int | float) and name not in ("step", "epoch"):
@@ -195,24 +209,26 @@ class Metrics:
 
     def position(self) -> int:
         """Length of the file in bytes, all of it on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        with self._plain_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a row that did not fit on the disk, told already
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
 
-def _summary_writer(folder: Path) -> Any:
+def _summary_writer(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise PnfsError(
             "train.tensorboard: the package tensorboard is not installed; pip install 'pnfs[log]'"
         ) from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 class Screen:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import platform
 import signal
 import threading
-from collections.abc import Iterator
+import time
 from typing import Any
 
 import torch
@@ -55,21 +54,24 @@ def select_device(name: str = "auto") -> torch.device:
     return device
 
 
-class StoppedBySignal(BaseException):
-    """A stop signal came while `StopSignals.at_once` was in force."""
+class StoppedBySignal(Exception):
+    """Work that may be thrown away ended early, because somebody asked this process to stop."""
 
 
 class StopSignals:
     """SIGINT and SIGTERM as a wish that work honours at its next safe point.
 
-    Inside the context the first signal sets `name` and nothing else, except within `at_once()`,
-    where it raises `StoppedBySignal`. A second signal acts as it would have without us. In a thread
-    other than the main one, where handlers cannot be set, nothing is caught.
+    Inside the context the first signal sets `name` and nothing else. A later one acts as it would
+    have without us, but for the first `ECHO` seconds: torchrun, and a cluster that signals it and
+    its processes alike, say everything twice. In a thread other than the main one, where handlers
+    cannot be set, nothing is caught.
     """
+
+    ECHO = 3.0
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._raise = False
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -83,19 +85,9 @@ class StopSignals:
             signal.signal(number, handler)
         self._before = {}
 
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """For work that may be thrown away: a signal ends it where it stands."""
-        self._raise = True
-        try:
-            if self.name is not None:  # it came a moment before
-                raise StoppedBySignal
-            yield
-        finally:
-            self._raise = False
-
     def _note(self, number: int, _: Any) -> None:
-        signal.signal(number, self._before[number])
-        self.name = signal.Signals(number).name
-        if self._raise:
-            raise StoppedBySignal
+        if self.name is None:
+            self.name, self._since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._since > self.ECHO:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -187,7 +188,8 @@ def reason(error: Exception) -> str:
     """What went wrong, without Python's or Rust's wrapping, in one short phrase."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    text = re.sub(r"Error while serializing: |I/O error: | \(os error \d+\)", "", str(error))
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def _owned(tensor: Tensor) -> Tensor:

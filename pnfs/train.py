@@ -9,7 +9,6 @@ augmentation), so a resumed run continues bit for bit on the CPU.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -21,14 +20,11 @@ import torch
 from pnfs import distributed
 from pnfs.backbones.weights import load_backbone_weights
 from pnfs.checkpoint import (
-    MODEL,
-    drop_checkpoints_after,
+    Checkpoint,
     find_weights,
-    load_checkpoint,
     load_weights,
     random_state,
-    save_checkpoint,
-    save_weights,
+    seed_random,
     set_random_state,
 )
 from pnfs.config import Config
@@ -38,17 +34,17 @@ from pnfs.errors import PnfsError
 from pnfs.evaluation import evaluate
 from pnfs.evaluation.pckh import PCKH_10, PCKH_50
 from pnfs.model import build_model
-from pnfs.runlog import Metrics, Screen, discard_run, open_run, write_record
+from pnfs.recorder import Recorder
 from pnfs.runtime import StoppedBySignal, StopSignals, select_device
 from pnfs.schedule import architecture_learning_rate, learning_rate
-from pnfs.search import ARCHITECTURE, Monitor, build_strategy, find_fabrics, save_architecture
+from pnfs.search import Monitor, build_strategy
 from pnfs.statefile import read_tensors
 from pnfs.steps import Clock, Stepper
 
-MAX_NONFINITE = 20  # steps in a row without a finite loss before the run stops
 LOG_EVERY = 20  # steps between rows of metrics.jsonl
 MAIN_METRICS = ("AP", PCKH_50)  # what "best" means: the first that the evaluation gives
 SHOWN_METRICS = ("AP", "AP50", "AP75", "AR", PCKH_50, PCKH_10)
+ANOTHER_RANK = "a signal to another process"
 
 
 @dataclass
@@ -118,32 +114,17 @@ def train(
     Raises:
         PnfsError: anything that the user can fix, and a loss that stays non-finite.
     """
-    own_device = distributed.join(select_device(device))
-    try:
-        with contextlib.ExitStack() as stack:
-            first, problem = distributed.rank() == 0, None
-            if first:
-                try:
-                    stack.enter_context(open_run(Path(out), resume=resume, overwrite=overwrite))
-                except PnfsError as error:
-                    problem = str(error)
-            problem = distributed.from_first(problem)  # else the other ranks would wait for ever
-            if problem is not None:
-                raise PnfsError(problem)
-            trainer = _Trainer(config, Path(out), own_device, resume, quiet or not first)
-            return trainer.run(stop_at)
-    finally:
-        distributed.leave()
+    with (
+        distributed.group(select_device(device)) as own_device,
+        Recorder(config, Path(out), resume=resume, overwrite=overwrite, quiet=quiet) as recorder,
+    ):
+        return _Trainer(config, recorder, own_device).run(stop_at)
 
 
 class _Trainer:
-    def __init__(
-        self, config: Config, out: Path, device: torch.device, resume: bool, quiet: bool
-    ) -> None:
+    def __init__(self, config: Config, recorder: Recorder, device: torch.device) -> None:
         self.started = time.monotonic()
-        self.config, self.out, self.device, self.quiet = config, out, device, quiet
-        self.resume = resume
-        self.rank, self.world = distributed.rank(), distributed.world()
+        self.config, self.recorder, self.device = config, recorder, device
         self.strategy = build_strategy(config)
         self.data = TrainingData(config)
         self.loader, self.people, self.held_out = (
@@ -154,16 +135,15 @@ class _Trainer:
         self.steps_per_epoch = -(-len(self.loader) // config.train.accumulate)
         self.total_steps = self.steps_per_epoch * config.train.epochs
 
-        torch.manual_seed(config.train.seed)  # equal on all ranks, and so are the models
+        seed_random(config.train.seed)  # equal on all ranks, and so are the models
         self.model = build_model(config.model).to(device)
         self.stepper = Stepper(config, self.model, self.strategy, device)
         self.progress = Progress()
-        self.resumed_from: Path | None = None
-        self.metrics_position = 0
-        if resume:
-            self._restore()
-        if self.resumed_from is None:
+        self.checkpoint = recorder.restore()
+        if self.checkpoint is None:
             self._load_start()
+        else:
+            self._load_checkpoint(self.checkpoint)
         self.stepper.connect()
 
         self.monitor = Monitor(self.model)
@@ -184,41 +164,39 @@ class _Trainer:
 
     def run(self, stop_at: int | None) -> TrainResult:
         config, progress, loader = self.config, self.progress, self.loader
-        self.metrics: Metrics | None = None
-        if not self.rank:
-            if not self.resume:  # everything that can be refused has been read by now
-                discard_run(self.out)
-            drop_checkpoints_after(self.out, self.resumed_from)
-            write_record(
-                self.out, config, device=str(self.device), world=self.world, step=progress.step
-            )
-            board = config.train.tensorboard
-            self.metrics = Metrics(self.out, position=self.metrics_position, tensorboard=board)
-        distributed.barrier()
-        self.screen = Screen(self.total_steps, progress.step, quiet=self.quiet)
+        self.recorder.begin(
+            self.checkpoint,
+            device=self.device,
+            step=progress.step,
+            total=progress.step + self.total_steps - self._position(),
+        )
         stopped: str | None = None
-        try:
-            self._say_start()
-            with self.signals:
-                while loader.epoch < config.train.epochs and stopped is None:
-                    stopped = self._epoch(stop_at)
-        finally:
-            self.screen.close()
-            if self.metrics is not None:
-                self.metrics.close()
+        self._say_start()
+        with self.signals:
+            while loader.epoch < config.train.epochs and stopped is None:
+                stopped = self._epoch(stop_at)
         if stopped is not None:
-            self.screen.line(
+            self.recorder.line(
                 f"stopped by {stopped} after step {progress.step}, checkpoint written; "
-                f"continue with: pnfs train --resume --out {self.out}"
+                f"continue with: pnfs train --resume --out {self.recorder.out}"
             )
         seconds = time.monotonic() - self.started
         return TrainResult(
-            self.out, progress.step, self.last_metrics, progress.best, stopped, seconds
+            self.recorder.out, progress.step, self.last_metrics, progress.best, stopped, seconds
         )
+
+    def _position(self) -> int:
+        """Where in the run's `total_steps` the next step stands: what schedules are functions of.
+
+        Steps made with another number of processes or another batch size took other shares of an
+        epoch, so this follows the place in the data; without such a change it is `progress.step`.
+        """
+        left = -(-self.loader.remaining // self.config.train.accumulate)
+        return (self.loader.epoch + 1) * self.steps_per_epoch - left
 
     def _say_start(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
-        say = self.screen.line
+        say = self.recorder.line
         say(f"train: {len(self.people)} people of {self.people.source}")
         if self.people.broken:
             say(
@@ -228,8 +206,8 @@ class _Trainer:
         say(f"val:   {len(self.held_out)} people of {self.held_out.source}")
         say(
             f"model: {parameters:,} parameters, strategy {self.strategy.name}, "
-            f"{self.config.train.precision} on {self.world} x {self.device.type}; "
-            f"{self.total_steps} steps; run folder {self.out}"
+            f"{self.config.train.precision} on {distributed.world()} x {self.device.type}; "
+            f"{self.total_steps} steps; run folder {self.recorder.out}"
         )
         data, scored = self.config.data.profile, self.config.eval.profile
         if data != scored:
@@ -237,8 +215,8 @@ class _Trainer:
                 f"note: trained with data.profile={data} and scored with eval.profile={scored}, "
                 "whose colours and boxes differ; set both to one unless you mean it"
             )
-        if self.resumed_from is not None:
-            say(f"resumed from {self.resumed_from}")
+        if self.checkpoint is not None:
+            say(f"resumed from {self.checkpoint.path}")
         if self.loader.epoch >= self.config.train.epochs:
             say("the run is complete; to train on, resume with a larger --set train.epochs=N")
 
@@ -266,33 +244,31 @@ class _Trainer:
         if epoch == config.epochs or (config.eval_every and epoch % config.eval_every == 0):
             self._save()  # an evaluation may take long
             if not self._evaluate(epoch):
-                return self.signals.name
+                return self.signals.name or ANOTHER_RANK
         next(batches, None)  # moves the loader on to the next epoch
         self._save()
         return None
 
     def _step(self, batches: Iterator[Batch], count: int) -> None:
-        progress = self.progress
-        rate = learning_rate(self.config.train, progress.step, self.steps_per_epoch)
+        config, progress, position = self.config, self.progress, self._position()
+        rate = learning_rate(config.train, position, self.steps_per_epoch)
         result = self.stepper.step(
             batches,
             count,
-            index=progress.step,
+            index=position,
             total=self.total_steps,
             learning_rate=rate,
-            architecture_rate=architecture_learning_rate(
-                self.config, progress.step, self.steps_per_epoch
-            ),
+            architecture_rate=architecture_learning_rate(config, position, self.steps_per_epoch),
             held=self.data.held,
         )
         progress.step += 1
-        if progress.step % self.config.search.log_every == 0:
-            self._watch_architecture()
+        if progress.step % config.search.log_every == 0:
+            self._watch_architecture(position)
         for problem in self.data.new_problems():
-            self.screen.line(f"left out: {problem}")
+            self.recorder.line(f"left out: {problem}")
         news = self.stepper.news()
         if news is not None:
-            self.screen.line(news)
+            self.recorder.line(news)
         self.clock.add(result)
         if result.taken:
             progress.nonfinite_in_a_row = 0
@@ -301,16 +277,17 @@ class _Trainer:
         else:
             progress.skipped_steps += 1
             progress.nonfinite_in_a_row += 1
-            self.screen.line(
+            self.recorder.line(
                 f"warning: step {progress.step} skipped, loss or gradient is not finite"
             )
-        if progress.nonfinite_in_a_row >= MAX_NONFINITE:
+        if progress.nonfinite_in_a_row >= config.train.max_nonfinite_steps:
             raise PnfsError(
-                f"train: loss or gradient not finite in {MAX_NONFINITE} steps in a row, up to step "
-                f"{progress.step}; lower train.lr, set train.grad_clip, or use train.precision=fp32"
+                f"train: loss or gradient not finite in {progress.nonfinite_in_a_row} steps in a "
+                f"row, up to step {progress.step}; lower train.lr, set train.grad_clip, or use "
+                "train.precision=fp32, and resume from the last checkpoint"
             )
         rates = self.clock.rates()
-        self.screen.update(
+        self.recorder.update(
             progress.step,
             f"loss {result.loss:.3e}  lr {rate:.2e}  {rates['images_per_second']:.1f} img/s  "
             f"data {self.clock.data:.2f} s, compute {self.clock.compute:.2f} s",
@@ -322,20 +299,20 @@ class _Trainer:
         """What stops all ranks after this step: a signal on any of them, or `stop_at`."""
         (signals,) = distributed.sum_over_ranks([float(self.signals.name is not None)], self.device)
         if signals:
-            return self.signals.name or "a signal to another rank"
+            return self.signals.name or ANOTHER_RANK
         return "stop_at" if self.progress.step == stop_at else None
 
-    def _watch_architecture(self) -> None:
+    def _watch_architecture(self, position: int) -> None:
         """A row about α and β, and the rule against a collapse to skip; all ranks decide alike."""
         step, strategy = self.progress.step, self.strategy
-        if self.metrics is not None and self.monitor.fabrics:
-            heat = strategy.temperature(step - 1, self.total_steps)
-            row = {"step": step, "epoch": self.loader.epoch, "temperature": heat}
-            self.metrics.write("search", {**row, **self.monitor.row()})
+        if self.monitor.fabrics:
+            heat = strategy.temperature(position, self.total_steps)
+            place = {"step": step, "epoch": self.loader.epoch, "temperature": heat}
+            self.recorder.row("search", lambda: {**place, **self.monitor.row()})
         limit, share = self.config.search.stop_at_skip, self.monitor.share("skip")
         if limit is not None and share is not None and share > limit and not strategy.stopped_at:
             strategy.stop(step)
-            self.screen.line(
+            self.recorder.line(
                 f"α and β are frozen from step {step} on: skip has {share:.2f} of the mixes"
             )
 
@@ -346,36 +323,32 @@ class _Trainer:
         started = time.monotonic()
         distributed.copy_from_first(list(self.model.buffers()))  # score what is saved
         try:
-            with self.signals.at_once():
-                metrics = evaluate(
-                    self.model,
-                    self.held_out,
-                    self.config,
-                    device=self.device,
-                    precision=self.config.train.precision,
-                ).metrics
+            metrics = evaluate(
+                self.model,
+                self.held_out,
+                self.config,
+                device=self.device,
+                precision=self.config.train.precision,
+                stop=lambda: self.signals.name is not None,
+            ).metrics
         except StoppedBySignal:
             return False
         self.last_metrics = metrics
         seconds = time.monotonic() - started
         progress = self.progress
         row = {"step": progress.step, "epoch": epoch, **metrics, "seconds": round(seconds, 3)}
-        if self.metrics is not None:
-            self.metrics.write("eval", row)
+        self.recorder.row("eval", lambda: row)
         name = next((name for name in MAIN_METRICS if name in metrics), None)
         better = name is None or progress.best is None or metrics[name] > progress.best
         if better:
             progress.best = metrics[name] if name else None
-            if not self.rank:
-                facts = {"step": progress.step, "epoch": epoch, "metrics": metrics}
-                save_weights(self.out / MODEL, self.model, self.config, facts)
-                if find_fabrics(self.model):
-                    source = {"run": str(self.out), "strategy": self.strategy.name, **facts}
-                    save_architecture(self.model, self.out / ARCHITECTURE, source)
+            facts = {"step": progress.step, "epoch": epoch, "metrics": metrics}
+            self.recorder.keep_best(self.model, facts)
         shown = "  ".join(
             f"{key} {value:.4g}" for key, value in metrics.items() if key in SHOWN_METRICS
         )
-        self.screen.line(f"epoch {epoch}: {shown}{'  (best)' if better else ''}  [{seconds:.1f} s]")
+        best = "  (best)" if better else ""
+        self.recorder.line(f"epoch {epoch}: {shown}{best}  [{seconds:.1f} s]")
         return True
 
     def _log(self) -> None:
@@ -384,50 +357,33 @@ class _Trainer:
         if progress.step == progress.logged_step:
             return
         progress.logged_step = progress.step
-        if self.metrics is not None:
-            mean = progress.window_loss / progress.window_steps if progress.window_steps else None
-            self.metrics.write(
-                "train",
-                {
-                    "step": progress.step,
-                    "epoch": self.loader.epoch,
-                    "loss": mean,
-                    "lr": learning_rate(self.config.train, progress.step - 1, self.steps_per_epoch),
-                    "skipped_steps": progress.skipped_steps,
-                    "skipped_samples": self.data.skipped,
-                    **self.clock.rates(),
-                },
-            )
+        mean = progress.window_loss / progress.window_steps if progress.window_steps else None
+        row = {
+            "step": progress.step,
+            "epoch": self.loader.epoch,
+            "loss": mean,
+            "lr": learning_rate(self.config.train, self._position() - 1, self.steps_per_epoch),
+            "skipped_steps": progress.skipped_steps,
+            "skipped_samples": self.data.skipped,
+            **self.clock.rates(),
+        }
+        self.recorder.row("train", lambda: row)
         self.clock = Clock()
         progress.window_loss, progress.window_steps = 0.0, 0
 
     def _save(self) -> None:
         """A checkpoint of this moment: after a whole step, so all ranks are in the same state."""
-        if self.metrics is None:
-            return
         training = {
             "progress": asdict(self.progress),
             "data": self.data.state(),
             "stepper": self.stepper.state_dict(),
             "strategy": self.strategy.state_dict(),
             "random": random_state(),
-            "metrics_position": self.metrics.position(),
         }
-        save_checkpoint(
-            self.out,
-            step=self.progress.step,
-            epoch=self.loader.epoch,
-            model=self.model,
-            training=training,
-            config=self.config,
-        )
+        step, epoch = self.progress.step, self.loader.epoch
+        self.recorder.save(self.model, training, step=step, epoch=epoch)
 
-    def _restore(self) -> None:
-        checkpoint = load_checkpoint(
-            self.out, warn=lambda line: None if self.quiet else print(line)
-        )
-        if checkpoint is None:
-            return
+    def _load_checkpoint(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.training
         load_weights(self.model, checkpoint.model, where=str(checkpoint.path))
         self.stepper.load_state_dict(state["stepper"])
@@ -435,8 +391,6 @@ class _Trainer:
         set_random_state(state["random"])
         self.data.load_state(state["data"])
         self.progress = Progress(**state["progress"])
-        self.metrics_position = state["metrics_position"]
-        self.resumed_from = checkpoint.path
 
 
 if __name__ == "__main__":

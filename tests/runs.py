@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pnfs.checkpoint import list_checkpoints
 from pnfs.config import Config, load_config
+from pnfs.data import Batch
+from pnfs.steps import Stepper, StepResult
 
 TIMES = {"images_per_second", "data_seconds", "compute_seconds", "seconds"}
 SETTINGS = (
@@ -46,3 +52,42 @@ def rows_of(run: Path, event: str | None = None) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [row for row in rows if event in (None, row["event"])]
     return [{k: v for k, v in row.items() if k not in TIMES} for row in kept]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Tensors, counters, random states, metrics and best model are equal, bit for bit."""
+    (tensors, tree), (other_tensors, other_tree) = state_of(first), state_of(second)
+    assert tensors.keys() == other_tensors.keys()
+    assert [k for k in tensors if not torch.equal(tensors[k], other_tensors[k])] == []
+    assert tree == other_tree
+    assert rows_of(first) == rows_of(second)
+    for name in ("model.safetensors", "architecture.json"):
+        assert (first / name).is_file() == (second / name).is_file()
+    if (first / "model.safetensors").is_file():
+        best, other = (load_file(run / "model.safetensors") for run in (first, second))
+        assert best.keys() == other.keys()
+        assert all(torch.equal(best[key], other[key]) for key in best)
+    if (first / "architecture.json").is_file():
+        found, wanted = (
+            json.loads((run / "architecture.json").read_text()) for run in (first, second)
+        )
+        assert found["fabrics"] == wanted["fabrics"]
+
+
+@contextlib.contextmanager
+def batches_seen() -> Iterator[list[list[int]]]:
+    """Inside, the people of every batch whose loss trains the weights, in this process."""
+    seen: list[list[int]] = []
+    real = Stepper.step
+
+    def step(self: Stepper, batches: Iterable[Batch], count: int, **kwargs: Any) -> StepResult:
+        def noted() -> Iterator[Batch]:
+            for batch in batches:
+                seen.append(batch.indices.tolist())
+                yield batch
+
+        return real(self, noted(), count, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stepper, "step", step)
+        yield seen

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import die_at
 from runs import small_config
 from safetensors.torch import save_file
 from torch import nn
@@ -141,7 +142,7 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(
         save(run, 1, model, config)
         child = os.fork()
         if child == 0:
-            _die_at(moment)
+            die_at(moment)
             save(run, 2, model, config)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -159,25 +160,6 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(
         assert again is not None and again.step == 3
     torch.set_num_threads(threads)
     assert killed >= 10, "the hook must have killed saves at many moments"
-
-
-def _die_at(moment: int) -> None:
-    """Let this process end, as if killed, before its `moment`-th operation on files."""
-    done = 0
-
-    def counted(function):  # type: ignore[no-untyped-def]
-        def call(*args, **kwargs):  # type: ignore[no-untyped-def]
-            nonlocal done
-            done += 1
-            if done == moment:
-                os._exit(9)
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "open"):
-        setattr(os, name, counted(getattr(os, name)))
-    statefile.save_file = counted(statefile.save_file)
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(

@@ -19,10 +19,8 @@ PACKAGE = ROOT / "pnfs"
 ORDER = """
 errors skeleton topology sections config statefile runtime capture kernels info architecture
 liveness operations fabric backbones head baselines model folding distributed costs search data
-decode evaluation checkpoint compat pruning runlog schedule steps train estimator plotting predict
-demo export commands cli
-checkpoint compat pruning runlog schedule steps train estimator plotting predict demo export
-commands cli
+decode evaluation checkpoint compat pruning runlog recorder schedule steps train estimator plotting
+predict demo export commands cli
 """.split()
 
 # Files beside those of the ops.

@@ -15,32 +15,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import SETTINGS, rows_of, small_config, state_of
+from runs import assert_same_run, rows_of, small_config, state_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pnfs import steps
 from pnfs.checkpoint import list_checkpoints, load_model, read_metadata, save_weights
-from pnfs.config import TrainConfig, load_config
+from pnfs.config import TrainConfig
 from pnfs.errors import PnfsError
 from pnfs.evaluation.pckh import PCKH_10, PCKH_50
 from pnfs.runlog import run_config
 from pnfs.schedule import learning_rate
-from pnfs.train import MAX_NONFINITE, train
+from pnfs.train import train
 
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("people")
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    """Tensors, counters, random states and metrics are equal, bit for bit."""
-    (tensors, tree), (other_tensors, other_tree) = state_of(first), state_of(second)
-    assert tensors.keys() == other_tensors.keys()
-    assert [k for k in tensors if not torch.equal(tensors[k], other_tensors[k])] == []
-    assert tree == other_tree
-    assert rows_of(first) == rows_of(second)
 
 
 def test_a_run_leaves_a_complete_folder(people: Path, tmp_path: Path) -> None:
@@ -77,9 +68,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         torch.rand(3)  # what else the process does is of no account
     assert train(config, parts, resume=True, quiet=True).step == total
     assert_same_run(whole, parts)
-    best, other = (load_file(run / "model.safetensors") for run in (whole, parts))
-    assert best.keys() == other.keys()
-    assert all(torch.equal(best[key], other[key]) for key in best)
 
 
 def test_a_damaged_newest_checkpoint_costs_nothing_but_time(people: Path, tmp_path: Path) -> None:
@@ -153,7 +141,7 @@ def test_two_processes_do_not_share_a_run_folder(people: Path, tmp_path: Path) -
         other = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True
         )
-    assert f"in use by another training process (pid {os.getpid()})" in other.stderr
+    assert f"in use by another training process (pid {os.getpid()} on " in other.stderr
 
 
 def test_an_unwritable_run_folder_is_one_line(people: Path, tmp_path: Path) -> None:
@@ -200,9 +188,13 @@ def test_a_loss_that_stays_nonfinite_stops_the_run(
     people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_loss(monkeypatch, lambda n: n > 2)
-    config = small_config(people, "train.epochs=20", "train.eval_every=0")
-    with pytest.raises(PnfsError, match=rf"not finite in {MAX_NONFINITE} steps in a row"):
-        train(config, tmp_path / "run", quiet=True)
+    settings = ["train.epochs=20", "train.eval_every=0", "train.max_nonfinite_steps=5"]
+    config, run = small_config(people, *settings), tmp_path / "run"
+    with pytest.raises(PnfsError, match=r"not finite in 5 steps in a row, up to step 7"):
+        train(config, run, quiet=True)
+    assert state_of(run)[1]["progress"]["nonfinite_in_a_row"] < 5
+    monkeypatch.undo()
+    assert train(config, run, resume=True, quiet=True, stop_at=12).step == 12
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -341,53 +333,3 @@ def test_learning_rates() -> None:
     cosine = TrainConfig(lr=1.0, lr_schedule="cosine", epochs=4)
     rates = [learning_rate(cosine, i, 10) for i in (0, 10, 20, 30, 40)]
     assert rates == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0])
-
-
-def torchrun(*command: str) -> str:
-    """Run a command as two processes on the CPU; what they printed."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launcher, *command], capture_output=True, text=True, env=environment, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.mark.parametrize("strategy", ["sync", pytest.param("random", marks=pytest.mark.slow)])
-def test_gradients_of_two_processes_are_those_of_one_with_all_data(strategy: str) -> None:
-    torchrun(str(Path(__file__).with_name("two_ranks.py")), strategy)
-
-
-def test_a_run_of_two_processes_equals_one_and_goes_on_with_one(
-    people: Path, tmp_path: Path
-) -> None:
-    settings = [*SETTINGS, f"data.root={people}"]
-    command = ["-m", "pnfs.train", "--out", str(tmp_path / "two")]
-    for setting in (*settings, "train.batch_size=8"):
-        command += ["--set", setting]
-    shown = torchrun(*command)
-    assert shown.count("epoch 1: AP") == 1  # rank 0 alone speaks
-    alone = load_config("tiny", [*settings, "train.batch_size=16"])
-    assert train(alone, tmp_path / "one", quiet=True).step == 2
-    first, second = (rows_of(tmp_path / name, "train")[0]["loss"] for name in ("one", "two"))
-    assert first == pytest.approx(second, rel=1e-6)
-
-    # Two processes resume where they stopped, with the running statistics that were saved.
-    shutil.copytree(tmp_path / "two", tmp_path / "again")
-    command[command.index(str(tmp_path / "two"))] = str(tmp_path / "again")
-    torchrun(*command, "--set", "train.epochs=3", "--resume")
-    train(
-        run_config(tmp_path / "one", ["train.epochs=3"]), tmp_path / "one", resume=True, quiet=True
-    )
-    (resumed, _), (whole, _) = (state_of(tmp_path / name) for name in ("again", "one"))
-    # Adam turns rounding in gradients that vanish into steps, so weights are not compared; running
-    # statistics that had been lost would be off by most of their own size.
-    for kind, start in ("running_mean", 0.0), ("running_var", 1.0):
-        keys = [key for key in whole if key.endswith(kind)]
-        have, want = (torch.cat([t[k].flatten() for k in keys]) - start for t in (resumed, whole))
-        assert (have - want).norm() < 0.02 * want.norm()
-
-    longer = run_config(tmp_path / "two", ["train.epochs=3"])
-    result = train(longer, tmp_path / "two", resume=True, quiet=True)
-    assert [row["epoch"] for row in rows_of(result.run, "eval")] == [1, 2, 3]

@@ -33,6 +33,7 @@ from pnfs.evaluation.coco import (
 )
 from pnfs.evaluation.pckh import HEAD_SCALE, LEFT_OUT_OF_MEAN, pckh
 from pnfs.folding import for_evaluation
+from pnfs.runtime import StoppedBySignal
 from pnfs.statefile import reason, write_json, write_text
 
 Progress = Callable[[int, int], None]  # people done, people in all (of this process)
@@ -90,6 +91,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> EvalResult:
     """Score `model` on every person of `dataset`: PCKh for MPII, COCO AP for COCO and synthetic.
 
@@ -100,8 +102,10 @@ def evaluate(
         model: images (N, 3, H, W) -> scores (N, K, H/4, W/4), on `device`.
         cfg: `model.input_size`, `data.workers` and `eval` are used.
         progress: called after each batch.
+        stop: asked before each batch; if it says yes on any process, all of them give up.
 
     Raises:
+        StoppedBySignal: `stop` said yes.
         PnfsError: model and dataset differ in their keypoints, a broken image, or missing truth
             (for MPII head sizes).
     """
@@ -116,7 +120,7 @@ def evaluate(
     try:
         place = torch.device(device)
         scores = for_evaluation(model, place, precision)
-        keypoints = _predict(scores, dataset, cfg, place, precision, progress)
+        keypoints = _predict(scores, dataset, cfg, place, precision, progress, stop)
     finally:
         model.train(training)
     boxes = f"boxes: {dataset.source} ({len(dataset)} people in {len(dataset.image_ids)} images)"
@@ -133,16 +137,21 @@ def _predict(
     device: torch.device,
     precision: Precision,
     progress: Progress | None,
+    stop: Callable[[], bool] | None,
 ) -> np.ndarray:
     """(n, K, 3) float32: x, y in image pixels and score of every person, from all processes."""
     rank, world = distributed.rank(), distributed.world()
     indices: list[np.ndarray] = []
     rows: list[np.ndarray] = []
     problem: str | None = None
+    stopped = False
     try:
         loader = make_loader(dataset, cfg, train=False, rank=rank, world=world)
         done, total = 0, len(range(rank, len(dataset), world))
         for batch in loader:
+            stopped = stop is not None and stop()
+            if stopped:
+                break
             xy, score = predict_batch(
                 model,
                 batch.to(device),
@@ -160,15 +169,17 @@ def _predict(
     except PnfsError as error:
         # The other processes wait for this one's share: they must hear of it before it leaves.
         problem = str(error)
-    shares: list[Any] = [(indices, rows, problem)]
+    shares: list[Any] = [(indices, rows, problem, stopped)]
     if world > 1:
         own, shares = shares[0], [None] * world
         dist.all_gather_object(shares, own)
-    for _, _, failed in shares:
+    for _, _, failed, _ in shares:
         if failed is not None:
             raise PnfsError(failed)
+    if any(share[3] for share in shares):
+        raise StoppedBySignal
     keypoints = np.full((len(dataset), dataset.skeleton.num_keypoints, 3), np.nan, np.float32)
-    for share_indices, share_rows, _ in shares:
+    for share_indices, share_rows, *_ in shares:
         for index, row in zip(share_indices, share_rows, strict=True):
             keypoints[index] = row
     return keypoints

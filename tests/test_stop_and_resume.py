@@ -115,7 +115,7 @@ def kill_and_resume(
 
 SOME: dict[int, list[Moment]] = {
     0: [("start", 0.1), ("operation", 30), ("checkpoint", 0.03), ("operation", 77)],
-    2: [("checkpoint", 0.1), ("operation", 101)],
+    2: [("checkpoint", 0.1), ("operation", 41)],
 }
 
 

@@ -84,6 +84,34 @@ def test_random_is_drawn_from_a_normal_by_its_own_seed() -> None:
     assert abs(values.mean()) < 0.5 and 0.7 < values.std() < 1.3
 
 
+def test_heads_start_as_long_as_under_uniform_mixes_whatever_the_draw() -> None:
+    """A head's vectors on noise; nothing else of the model is changed."""
+    settings = ("model.fabric.channels=4", "model.vector_dim=8", "search.seed=2")
+    uniform, _ = prepared("none", *settings)
+    drawn, _ = prepared("random", *settings)
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+
+    def lengths(model: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            vectors = model.train().vectors(images)
+        return torch.stack([v.square().sum(2).sqrt().mean() for v in vectors])
+
+    heads = {f"head.convs.{part}.weight" for part in range(3)}
+    known = {id(parameter) for parameter in drawn.architecture_parameters()}
+    same = {
+        name
+        for (name, x), y in zip(
+            drawn.state_dict().items(), uniform.state_dict().values(), strict=True
+        )
+        if torch.equal(x, y)
+    }
+    other = {name for name, p in drawn.named_parameters(remove_duplicate=False) if id(p) in known}
+    assert set(drawn.state_dict()) - same == heads | other
+    assert torch.allclose(lengths(drawn), lengths(uniform), rtol=1e-4)
+    stacked = drawn.head.convs[0].weight.std() / uniform.head.convs[0].weight.std()
+    assert not 0.9 < stacked < 1.1  # it was needed
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_training_moves_architecture_parameters_only_where_it_should(
     tmp_path: Path, name: str

@@ -3,6 +3,7 @@
 from pnfs.search.files import ARCHITECTURE, load_architecture, save_architecture
 from pnfs.search.macs import expected_macs, find_fabrics
 from pnfs.search.monitor import Monitor
+from pnfs.search.start import level_heads
 from pnfs.search.strategies import (
     STRATEGIES,
     ParameterGroups,
@@ -23,6 +24,7 @@ __all__ = [
     "decay_gradients",
     "expected_macs",
     "find_fabrics",
+    "level_heads",
     "load_architecture",
     "save_architecture",
 ]

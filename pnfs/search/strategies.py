@@ -21,6 +21,7 @@ from pnfs.config import Config
 from pnfs.errors import PnfsError, did_you_mean
 from pnfs.search.files import load_architecture
 from pnfs.search.macs import expected_macs
+from pnfs.search.start import level_heads
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class Strategy:
     def prepare(self, model: nn.Module) -> ParameterGroups:
         """Set α and β to their start, decide which are frozen, and say what the optimiser trains.
 
+        Where they do not start uniform, heads are scaled to them (see `level_heads`).
+
         Called once, with the model on its device, before a checkpoint (if any) is loaded.
 
         Raises:
@@ -109,6 +112,7 @@ class Strategy:
         self.architecture = list(model.architecture_parameters())  # type: ignore[operator]
         if self.config.search.architecture is not None:
             load_architecture(model, self.config.search.architecture)
+            level_heads(model, self.architecture, self.config.search.seed)
         for parameter in self.architecture:
             parameter.requires_grad_(False)
         return ParameterGroups(self._weights(model))
@@ -171,6 +175,7 @@ class Random(Strategy):
     def prepare(self, model: nn.Module) -> ParameterGroups:
         groups = super().prepare(model)
         randomize_(self.architecture, self.config.search.seed)
+        level_heads(model, self.architecture, self.config.search.seed)
         return groups
 
 

@@ -31,7 +31,9 @@ INFRASTRUCTURE = {
     "csrc/cuda": {"cuda_module"},
     "tests/kernels": {
         "conftest",
+        "cuda_emulation",
         "keypoint_vectors",
+        "test_cuda_emulation",
         "test_registry",
         "test_triton_compile",
         "test_triton_interpreter",

@@ -1,8 +1,6 @@
 // Affine crop, flip, channel order and normalisation of uint8 images: pnfs/kernels/crop_normalize.py
 // has the definition. One thread makes the three channels of one output pixel.
 
-#include <math_constants.h>
-
 #include "core/bilinear.h"
 #include "core/dtypes.h"
 #include "cuda/launch.h"
@@ -36,7 +34,8 @@ __global__ void __launch_bounds__(kThreads) crop_normalize_kernel(Job job, T* ou
 
   const ByteImage image{job.pixels + job.offsets[n], job.sizes[2 * n], job.sizes[2 * n + 1]};
   const std::int64_t end = job.offsets[n] + std::int64_t{image.height} * image.width * 3;
-  float value[3] = {CUDART_NAN_F, CUDART_NAN_F, CUDART_NAN_F};
+  const float nan = bits_float(0x7fc00000u);
+  float value[3] = {nan, nan, nan};
   if (job.offsets[n] >= 0 && image.height > 0 && image.width > 0 && end <= job.bytes) {
     const Affine map = load_affine(job.matrices + 6 * n, job.flips[n] != 0, job.width);
     bilinear(image, map.a * x + (map.b * y + map.c), map.d * x + (map.e * y + map.f), value);
@@ -69,10 +68,9 @@ void crop_normalize(Address pixels, std::int64_t bytes, Address offsets, Address
   if (job.total == 0) return;
   dispatch_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    crop_normalize_kernel<T><<<blocks_for(job.total, kThreads), kThreads, 0, as_stream(stream)>>>(
-        job, reinterpret_cast<T*>(out));
+    PNFS_LAUNCH(crop_normalize_kernel<T>, blocks_for(job.total, kThreads), kThreads, 0, stream, job,
+                reinterpret_cast<T*>(out));
   });
-  check_launch();
 }
 
 }  // namespace pnfs

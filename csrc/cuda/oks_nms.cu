@@ -109,11 +109,9 @@ void oks_nms(Address points, Address areas, Address sigmas, Address order, Addre
                   threshold};
   auto* bit_rows = reinterpret_cast<std::uint32_t*>(bits);
   const unsigned blocks = blocks_for(n * words * kWarp, kThreads);
-  similar_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(p, bit_rows);
-  check_launch();
-  walk_kernel<<<blocks_for(groups, 1), kWarp, 0, as_stream(stream)>>>(
-      p, bit_rows, skip_after_removal, reinterpret_cast<bool*>(keep));
-  check_launch();
+  PNFS_LAUNCH(similar_kernel, blocks, kThreads, 0, stream, p, bit_rows);
+  PNFS_LAUNCH(walk_kernel, blocks_for(groups, 1), kWarp, 0, stream, p, bit_rows, skip_after_removal,
+              reinterpret_cast<bool*>(keep));
 }
 
 }  // namespace pnfs

@@ -179,8 +179,8 @@ def _cpp(*args: Any) -> Tensor:
 
 
 def _cuda(*args: Any) -> Tensor:
-    with torch.cuda.device(args[0].device):
-        return _run("_cuda", args, torch.cuda.current_stream().cuda_stream)
+    with native.cuda_stream(args[0].device) as stream:
+        return _run("_cuda", args, stream)
 
 
 def _can_run(*args: Any) -> Verdict:

@@ -27,6 +27,8 @@ from pnfs.kernels.checks import RUNS, Verdict, no
 RECORD = Path(__file__).resolve().parents[1] / "_build_info.json"
 REBUILD = "rebuild with `pip install -e .`"
 
+_emulated: ModuleType | None = None  # stands for pnfs._cuda, see emulated_cuda
+
 
 @functools.cache
 def build_record() -> dict[str, Any]:
@@ -74,6 +76,8 @@ def module(name: str) -> ModuleType:
     Raises:
         PnfsError: it is missing; the message has the reason.
     """
+    if name == "_cuda" and _emulated is not None:
+        return _emulated
     found, reason = _load(name)
     if found is None:
         raise PnfsError(reason)
@@ -93,6 +97,31 @@ def call(name: str, function: str, *args: Any, shapes: str) -> Any:
         raise PnfsError(f"{function}: {error} ({shapes})") from None
     except RuntimeError as error:
         raise RuntimeError(f"{function}: {error} ({shapes})") from None
+
+
+@contextmanager
+def cuda_stream(device: torch.device) -> Iterator[int]:
+    """Inside, `device` is the current one; gives the handle of its current stream, for `call`."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield torch.cuda.current_stream().cuda_stream
+    else:  # emulated: a launch returns when it is done
+        yield 0
+
+
+@contextmanager
+def emulated_cuda(compiled: ModuleType) -> Iterator[None]:
+    """Inside, the backend `cuda` takes CPU tensors and runs in `compiled`.
+
+    That is `pnfs._cuda` as a C++ compiler makes it of the same sources, see
+    csrc/cuda/host_emulation.h: for tests without a GPU.
+    """
+    global _emulated
+    before, _emulated = _emulated, compiled
+    try:
+        yield
+    finally:
+        _emulated = before
 
 
 def module_available(name: str) -> Verdict:
@@ -146,6 +175,8 @@ def backend_available(backend: str, function: str) -> Verdict:
     """Whether `backend` can run at all in this process, on any device."""
     if backend == "cpp":
         return has_function("_cpu", function)
+    if backend == "cuda" and _emulated is not None:
+        return RUNS
     if backend == "cuda":
         verdict = has_function("_cuda", function)
         return verdict if not verdict[0] or cuda_visible() else no("no CUDA device is visible")
@@ -165,4 +196,6 @@ def backend_fits(backend: str, device: str) -> Verdict:
         return RUNS
     if backend == "triton" and device == "cpu":
         return RUNS if triton_interpreted() else no("CPU tensors need TRITON_INTERPRET=1")
+    if backend == "cuda" and device == "cpu" and _emulated is not None:
+        return RUNS
     return no(f"it does not take {device} tensors")

@@ -198,7 +198,7 @@ def _cuda(
     skip_after_removal: bool,
 ) -> Tensor:
     n, k = points.shape[:2]
-    with torch.cuda.device(points.device):
+    with native.cuda_stream(points.device) as stream:
         order, counts = _walk_order(scores, groups)
         ends = counts.cumsum(0)
         # A row of bits per pose says which members of its group it would remove.
@@ -210,7 +210,7 @@ def _cuda(
             "_cuda", "oks_nms",
             *(tensor.data_ptr() for tensor in inputs), order.data_ptr(), ends.data_ptr(),
             ends.shape[0], n, k, words, threshold, skip_after_removal,
-            bits.data_ptr(), keep.data_ptr(), torch.cuda.current_stream().cuda_stream,
+            bits.data_ptr(), keep.data_ptr(), stream,
             shapes=f"keypoints {tuple(points.shape)}",
         )  # fmt: skip
         return order[keep]

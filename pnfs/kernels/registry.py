@@ -33,10 +33,11 @@ from pnfs.kernels.checks import RUNS, Verdict
 Backend = Literal["torch", "cpp", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
-# Devices on which a backend's functions are defined; Triton's interpreter takes CPU tensors.
+# Devices on which a backend's functions are defined; Triton's interpreter and the emulation of CUDA
+# take CPU tensors.
 NATIVE_DEVICES: dict[str, tuple[str, ...]] = {
     "cpp": ("cpu",),
-    "cuda": ("cuda",),
+    "cuda": ("cuda", "cpu"),
     "triton": ("cuda", "cpu"),
 }
 

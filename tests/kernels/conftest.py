@@ -1,4 +1,7 @@
-"""Where the Triton cases run.
+"""Where the Triton and the CUDA cases run.
+
+A test that is parametrised with `backend` and `device` has its CUDA case as ("cuda", "cuda") for a
+GPU and ("cuda", "cpu") for the same sources on host threads, see cuda_emulation.py.
 
 A test that is parametrised with `backend` and `device` has its Triton case as ("triton", "cpu") for
 Triton's interpreter and ("triton", "cuda") for a GPU. The interpreter works only in a process that
@@ -9,18 +12,36 @@ alone, and test_triton_interpreter.py starts the second from the first.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from cuda_emulation import build_module
 
 from pnfs.kernels import native
 
 HERE = Path(__file__).resolve().parent
 
 
-def _is_interpreter_case(item: pytest.Item) -> bool:
+def _is_case(item: pytest.Item, backend: str) -> bool:
+    """Whether it runs `backend` without the GPU that this takes."""
     params = getattr(getattr(item, "callspec", None), "params", {})
-    return params.get("backend") == "triton" and params.get("device") == "cpu"
+    return params.get("backend") == backend and params.get("device") == "cpu"
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return build_module(tmp_path_factory.mktemp("cuda_emulation"))
+
+
+@pytest.fixture(autouse=True)
+def _emulated_cuda(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not _is_case(request.node, "cuda"):
+        yield
+        return
+    with native.emulated_cuda(request.getfixturevalue("emulated_module")):
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -28,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [
         item
         for item in items
-        if HERE in item.path.parents and _is_interpreter_case(item) != interpreted
+        if HERE in item.path.parents and _is_case(item, "triton") != interpreted
     ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -26,6 +26,7 @@ needs_cpp = pytest.mark.skipif(
 BACKENDS = [
     pytest.param("torch", "cpu"),
     pytest.param("cpp", "cpu", marks=needs_cpp),
+    pytest.param("cuda", "cpu"),
     pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
 ]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)

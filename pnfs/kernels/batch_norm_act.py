@@ -8,6 +8,7 @@ normalisation and activation for themselves take 12.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -213,6 +214,59 @@ def _cpp_backward(
     return gradients
 
 
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    eps: float,
+) -> Forward:
+    # Imported at the first call: triton takes a second to load and exists on Linux alone.
+    from pnfs.kernels.triton.batch_norm_act import launch
+
+    results = _empty(x, weight, bias, mean)
+    y, *own = results
+    batch = mean is None or var is None
+    stats = own if mean is None or var is None else [mean.contiguous(), var.contiguous()]
+    if x.numel():
+        small = weight.contiguous(), bias.contiguous(), stats[0], stats[1]
+        launch(x, *small, residual, activation, batch, eps, y)
+    else:
+        _fill(own, torch.nan)
+    return results
+
+
+def _triton_backward(
+    gy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    activation: int,
+    batch: bool,
+    eps: float,
+) -> list[Tensor]:
+    from pnfs.kernels.triton.batch_norm_act import launch_backward
+
+    gradients = _empty_backward(gy, x, weight, bias, mean, var, residual, activation, batch, eps)
+    if x.numel():
+        small = weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous()
+        launch_backward(gy, x, *small, residual, activation, batch, eps, gradients)
+    else:
+        _fill(gradients, 0)
+    return gradients
+
+
+def _fill(tensors: Sequence[Tensor], value: float) -> None:
+    for tensor in tensors:
+        tensor.fill_(value)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     x, weight, bias, mean, var, residual, ctx.activation, ctx.eps = inputs
     ctx.batch = mean is None
@@ -256,17 +310,38 @@ def _cost_backward(launches: int, args: Sequence[Any], outputs: Any) -> OpCost:
     return OpCost(launches, (5 if residual is None else 7) * x.nbytes)
 
 
+def _can_run_triton(x: Tensor, *_: Any) -> Verdict:
+    return checks.has_dtype("x", x.dtype, STORAGE)
+
+
+def _cost_triton(args: Sequence[Any], outputs: Any) -> OpCost:
+    from pnfs.kernels.triton.batch_norm_act import partial_bytes
+
+    cost = _cost(2, args, outputs)
+    return cost if cost.launches == 1 else replace(cost, scratch=partial_bytes(args[0], False))
+
+
+def _cost_triton_backward(args: Sequence[Any], outputs: Any) -> OpCost:
+    """With given statistics x's gradient is written where the sums are taken."""
+    from pnfs.kernels.triton.batch_norm_act import partial_bytes
+
+    x, residual, batch = args[1], args[6], args[8]
+    if batch:
+        return replace(_cost_backward(2, args, outputs), scratch=partial_bytes(x, True))
+    return OpCost(2, (3 if residual is None else 5) * x.nbytes)
+
+
 OP = register_op("batch_norm_act", batch_norm_act_reference)
-_BACKENDS: tuple[tuple[Backend, Any, Any, Any, int], ...] = (
-    ("cpp", _cpp, _cpp_backward, _can_run_cpp, 1),
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any, Any, Any], ...] = (
+    ("cpp", _cpp, _cpp_backward, partial(_cost, 1), partial(_cost_backward, 1), _can_run_cpp),
+    ("triton", _triton, _triton_backward, _cost_triton, _cost_triton_backward, _can_run_triton),
 )
-for _backend, _fn, _fn_backward, _can_run, _launches in _BACKENDS:
+for _backend, _fn, _fn_backward, _fn_cost, _fn_backward_cost, _can_run in _BACKENDS:
     _name, _devices = f"batch_norm_act_{_backend}_backward", NATIVE_DEVICES[_backend]
-    _cost_of = partial(_cost_backward, _launches)
-    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices, cost=_cost_of)
+    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices, cost=_fn_backward_cost)
     _options = {
         "setup_context": _setup_context,
         "backward": partial(_backward, _launch),
-        "cost": partial(_cost, _launches),
+        "cost": _fn_cost,
     }
     OP.register_native(_backend, _fn, _empty, _can_run, **_options)

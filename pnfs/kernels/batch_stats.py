@@ -6,7 +6,7 @@ each part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pnfs.kernels import checks, native
 from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
-from pnfs.kernels.registry import NATIVE_DEVICES, Backend, register_op, torch_op
+from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
 
 
 def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +88,26 @@ def _cpp_backward(x: Tensor, mean: Tensor, g_mean: Tensor, g_var: Tensor) -> Ten
     return gx
 
 
+def _triton(x: Tensor) -> tuple[Tensor, Tensor]:
+    # Imported at the first call: triton takes a second to load and exists on Linux alone.
+    from pnfs.kernels.triton.batch_stats import launch
+
+    mean, var = _empty(x)
+    if not x.numel():
+        return mean.fill_(torch.nan), var.fill_(torch.nan)
+    launch(x, mean, var)
+    return mean, var
+
+
+def _triton_backward(x: Tensor, mean: Tensor, g_mean: Tensor, g_var: Tensor) -> Tensor:
+    from pnfs.kernels.triton.batch_stats import launch_backward
+
+    gx = _empty_backward(x, mean, g_mean, g_var)
+    if x.numel():
+        launch_backward(x, mean.contiguous(), g_mean.contiguous(), g_var.contiguous(), gx)
+    return gx
+
+
 def _size(x: Tensor) -> tuple[int, int, int]:
     p, n, c, h, w = x.shape
     return p, n * h * w, c
@@ -106,10 +126,28 @@ def _can_run_cpp(x: Tensor) -> Verdict:
     return checks.has_dtype("x", x.dtype, STORAGE_CPU)
 
 
+def _can_run_triton(x: Tensor) -> Verdict:
+    return checks.has_dtype("x", x.dtype, STORAGE)
+
+
+def _cost_triton(args: Sequence[Any], outputs: tuple[Tensor, Tensor]) -> OpCost:
+    """The second launch reads what the first has written for it."""
+    from pnfs.kernels.triton.batch_stats import partial_elements
+
+    return OpCost(launches=2, scratch=2 * 4 * partial_elements(args[0]))
+
+
 OP = register_op("batch_stats", batch_stats_reference)
-_BACKENDS: tuple[tuple[Backend, Any, Any, Any], ...] = (("cpp", _cpp, _cpp_backward, _can_run_cpp),)
-for _backend, _fn, _fn_backward, _can_run in _BACKENDS:
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any, Any], ...] = (
+    ("cpp", _cpp, _cpp_backward, None, _can_run_cpp),
+    ("triton", _triton, _triton_backward, _cost_triton, _can_run_triton),
+)
+for _backend, _fn, _fn_backward, _cost, _can_run in _BACKENDS:
     _name, _devices = f"batch_stats_{_backend}_backward", NATIVE_DEVICES[_backend]
     _launch = torch_op(_name, _fn_backward, _empty_backward, _devices)
-    _options = {"setup_context": _setup_context, "backward": partial(_backward, _launch)}
+    _options = {
+        "setup_context": _setup_context,
+        "backward": partial(_backward, _launch),
+        "cost": _cost,
+    }
     OP.register_native(_backend, _fn, _empty, _can_run, **_options)

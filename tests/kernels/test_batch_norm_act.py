@@ -16,8 +16,11 @@ from torch.nn import functional as F
 from pnfs.errors import PnfsError
 from pnfs.kernels import batch_norm_act, batch_stats, native, use_backend
 from pnfs.kernels.batch_norm_act import ACTIVATIONS, Activation
+from pnfs.kernels.registry import OpCost, op_costs
 
 DTYPES = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+if native.triton_interpreted():  # which cuts bfloat16 off
+    DTYPES[torch.bfloat16] = 2**-7
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 # torch.batch_norm in float32 takes x·scale less mean·scale, which costs digits that ours keep.
 TORCH_TOLERANCE = 3e-4
@@ -29,8 +32,13 @@ needs_cpp = pytest.mark.skipif(
 BACKENDS = [
     pytest.param("torch", "cpu"),
     pytest.param("cpp", "cpu", marks=needs_cpp),
+    pytest.param("triton", "cpu"),
+    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
 ]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+on_triton = pytest.mark.parametrize(("backend", "device"), BACKENDS[2:])
+# Of random shapes; Triton's interpreter takes milliseconds per program.
+EXAMPLES = 6 if native.triton_interpreted() else 40
 of_every_kind = pytest.mark.parametrize(
     ("activation", "residual", "given_stats"),
     [(a, r, g) for a in ACTIVATIONS for r in (False, True) for g in (False, True)],
@@ -200,7 +208,7 @@ def test_equals_the_float64_reference(
 
 
 @on_every_backend
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     images=st.integers(1, 3),
     channels=st.one_of(st.integers(1, 20), st.sampled_from([24, 32, 48, 80, 130, 144])),
@@ -243,6 +251,8 @@ def test_an_empty_batch(backend: str, device: str, given_stats: bool) -> None:
 @pytest.mark.parametrize("residual", [False, True])
 def test_sums_over_many_pixels(backend: str, device: str, residual: bool) -> None:
     """Several units of work, results past the caches, and pixels that fill no whole row."""
+    if (backend, device) == ("triton", "cpu"):
+        pytest.skip("Triton's interpreter: too many programs")
     check(random_case((5, 24, 111, 97), residual=residual), backend, device)
 
 
@@ -358,6 +368,60 @@ def test_opcheck(
         code = ACTIVATIONS.index(activation)
         args = (case.x, case.weight, case.bias, case.mean, case.var, case.residual, code, 1e-5)
         torch.library.opcheck(torch.ops.pnfs.batch_norm_act_cpp.default, args)
+
+
+@on_triton
+@pytest.mark.parametrize("given_stats", [False, True])
+@pytest.mark.parametrize("shape", [(2, 20, 29, 18), (1, 3, 1, 1)])
+def test_programs_that_take_several_steps(
+    backend: str,
+    device: str,
+    shape: tuple[int, int, int, int],
+    given_stats: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every value is written, and the same ones in every run."""
+    for name in ("PROGRAMS", "PROGRAMS_MERGED"):
+        monkeypatch.setattr(f"pnfs.kernels.triton.maps.{name}", 3)
+    monkeypatch.setattr("pnfs.kernels.triton.maps.TILE_SUMS", 512)
+    monkeypatch.setattr("pnfs.kernels.triton.batch_norm_act.TILE_GRADIENT", 512)
+    case = random_case(shape, residual=True, given_stats=given_stats)
+    with memory_filled_with_nan():
+        first, second = (check(case, backend, device, magnified=10) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@on_triton
+@pytest.mark.parametrize("given_stats", [False, True])
+def test_opcheck_of_triton(backend: str, device: str, given_stats: bool) -> None:
+    case = random_case((2, 5, 3, 4), residual=True, given_stats=given_stats)
+    case = case.map(lambda tensor: tensor.to(device).requires_grad_())
+    code = ACTIVATIONS.index(case.activation)
+    args = (case.x, case.weight, case.bias, case.mean, case.var, case.residual, code, 1e-5)
+    torch.library.opcheck(torch.ops.pnfs.batch_norm_act_triton.default, args)
+
+
+@pytest.mark.parametrize("given_stats", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_costs_of_the_gpu(given_stats: bool, residual: bool) -> None:
+    """Two sums per channel of 12 blocks of 128 pixels, backward 24 of 64, written by the first
+    launch, and read by each of 24 programs per channel of the second."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    case = random_case((2, 32, 32, 24), residual=residual, given_stats=given_stats)
+    case = case.map(lambda tensor: tensor.to("meta"))
+    args = (case.x, case.weight, case.bias, case.mean, case.var, case.residual, 2, 1e-5)
+    maps = case.x.nbytes
+    forward = op_costs["pnfs::batch_norm_act_triton"](args, None)
+    stats = (case.bias, case.bias)
+    args = (case.x, case.x, case.weight, case.bias, *stats, case.residual, 2, not given_stats, 1e-5)
+    backward = op_costs["pnfs::batch_norm_act_triton_backward"](args, None)
+    sums = 4 * 2 * 32 * (1 + 24)
+    if given_stats:
+        assert forward == OpCost(1, (2 + residual) * maps)
+        assert backward == OpCost(2, (3 + 2 * residual) * maps)
+    else:
+        assert forward == OpCost(2, (3 + residual) * maps, scratch=12 * sums)
+        assert backward == OpCost(2, (5 + 2 * residual) * maps, scratch=24 * sums)
 
 
 @needs_cpp

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import batch_stats, native, use_backend
+from pnfs.kernels.registry import OpCost, op_costs
 
 # Of the statistics, whatever the maps' dtype, and of the maps' gradient.
 TOLERANCE = 2e-6
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+if native.triton_interpreted():  # which cuts bfloat16 off
+    DTYPES[torch.bfloat16] = 2**-7
 
 needs_cpp = pytest.mark.skipif(
     not native.has_function("_cpu", "batch_stats")[0],
@@ -23,8 +26,13 @@ needs_cpp = pytest.mark.skipif(
 BACKENDS = [
     pytest.param("torch", "cpu"),
     pytest.param("cpp", "cpu", marks=needs_cpp),
+    pytest.param("triton", "cpu"),
+    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
 ]
 on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+on_triton = pytest.mark.parametrize(("backend", "device"), BACKENDS[2:])
+# Of random shapes; Triton's interpreter takes milliseconds per program.
+EXAMPLES = 6 if native.triton_interpreted() else 30
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -78,7 +86,7 @@ def test_equals_the_float64_reference(
 
 @on_every_backend
 @pytest.mark.filterwarnings("ignore:var_mean")  # of an empty batch
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     parts=st.integers(1, 8),
     images=st.integers(0, 3),
@@ -169,6 +177,33 @@ def test_opcheck(dtype: torch.dtype) -> None:
     for shape in ((2, 2, 5, 3, 4), (1, 1, 16, 1, 1)):
         x = random_maps(*shape, dtype=dtype).requires_grad_()
         torch.library.opcheck(torch.ops.pnfs.batch_stats_cpp.default, (x,))
+
+
+@on_triton
+@pytest.mark.parametrize("shape", [(2, 2, 20, 29, 18), (1, 1, 3, 1, 1)])
+def test_programs_that_take_several_steps(
+    backend: str, device: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every value is written, and the same ones in every run."""
+    monkeypatch.setattr("pnfs.kernels.triton.maps.PROGRAMS_MERGED", 3)
+    monkeypatch.setattr("pnfs.kernels.triton.maps.TILE_SUMS", 512)
+    with memory_filled_with_nan():
+        first, second = (check(random_maps(*shape), backend, device) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@on_triton
+def test_opcheck_of_triton(backend: str, device: str) -> None:
+    x = random_maps(2, 2, 5, 3, 4).to(device).requires_grad_()
+    torch.library.opcheck(torch.ops.pnfs.batch_stats_triton.default, (x,))
+
+
+def test_costs_of_the_gpu_count_the_sums_between_its_two_kernels() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    x = random_maps(3, 2, 32, 32, 24).to("meta")
+    # Two sums per part and channel of 12 blocks of 128 pixels, written and read.
+    want = OpCost(launches=2, scratch=2 * 4 * 2 * 3 * 32 * 12)
+    assert op_costs["pnfs::batch_stats_triton"]((x,), None) == want
 
 
 @needs_cpp

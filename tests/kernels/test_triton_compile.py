@@ -36,6 +36,22 @@ def differentiated(call: Callable[[], Tensor]) -> None:
     call().sum().backward()
 
 
+def batch_norm_act(
+    shape: tuple[int, int, int, int], given_stats: bool, dtype: torch.dtype
+) -> Tensor:
+    c = shape[1]
+    x, residual = (maps(1, *shape, dtype)[0] for _ in range(2))
+    stats = {"mean": per_channel(c), "var": per_channel(c)} if given_stats else {}
+    weight, bias = per_channel(c), per_channel(c)
+    kind = {"residual": residual, "activation": "relu6"}
+    return kernels.batch_norm_act(x, weight, bias, **stats, **kind)[0]
+
+
+def batch_stats(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    mean, var = kernels.batch_stats(maps(*shape, dtype))
+    return mean + var
+
+
 def mixed_sum(shape: tuple[int, ...], branches: int, dtype: torch.dtype) -> Tensor:
     def stats() -> list[Tensor]:
         return [per_channel(shape[0], shape[2]) for _ in range(branches)]
@@ -85,6 +101,12 @@ def decode(dtype: torch.dtype, channels_last: bool, flip: bool, size: tuple[int,
 def calls_of_ops() -> Iterator[tuple[str, Call]]:
     """What the steps of `ours-1` do not show: other types, many terms, the smallest maps."""
     fp32 = torch.float32
+    for dtype in (fp32, *HALF):
+        yield "batch_stats", partial(batch_stats, (3, 24, 40, 64, 48), dtype)
+        for given_stats in (False, True):
+            for shape in ((24, 40, 64, 48), (1, 1, 1, 1)):
+                yield "batch_norm_act", partial(batch_norm_act, shape, given_stats, dtype)
+    yield "batch_stats", partial(batch_stats, (1, 1, 1, 1, 1), fp32)
     for dtype in HALF:
         yield "mixed_sum", partial(mixed_sum, (3, 24, 40, 64, 48), 7, dtype)
         yield "scale_mix", partial(scale_mix, (3, 24, 22, 2, 2), "up up same down", dtype)
@@ -119,7 +141,8 @@ def test_the_kernels_of_whole_steps_compile_without_spills(
     check(usages)
     names = {usage.op for usage in usages}
     wanted = {"decode_heatmaps"} if step == "evaluation" else {"vector_heatmap_loss"}
-    assert names >= wanted | {"mixed_sum", "scale_mix"}
+    wanted |= {"batch_norm_act", "mixed_sum", "scale_mix"}
+    assert names >= wanted | ({"batch_stats"} if step == "training step" else set())
 
 
 @pytest.mark.parametrize("op", [n for n, op in kernels.ops().items() if "triton" in op.backends])

@@ -1,7 +1,8 @@
 """What the Triton kernels of channels-last maps share: tiles, grids, and statistics in two steps.
 
 A map of P parts is P matrices (pixels, C), parts any distance apart. A program has ROWS pixels, and
-then the next ROWS as often as `steps` says, of COLS channels of one part. Whatever changes with the
+then the next ROWS as often as `steps` says, of COLS channels of one part. UNIT divides C: so many
+channels, from a multiple of it, may be loaded at once. Whatever changes with the
 batch alone is kept out of the compiled kernels: see `UNSPECIALISED`.
 
 Statistics are taken in two steps: every program stores mean and squared deviation of its pixels,
@@ -10,6 +11,7 @@ and whoever wants them merges those of all programs in float64, in a fixed order
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,10 +25,13 @@ WIDTHS = (32, 16)  # channels of a program: whole sectors of memory, and few sum
 # Programs of a kernel that leaves sums to merge, roughly: enough to fill a GPU, few enough to leave
 # few sums.
 PROGRAMS = 1024
-# Arguments that follow the batch. Without this Triton would compile a kernel anew where one of them
-# becomes 1 or a multiple of 16, or ceases to be one.
-UNSPECIALISED = ("pixels", "steps", "blocks", "g_stride")
-TILE_STATS, NUM_WARPS_STATS = 2048, 4
+# The same where every program of the next kernel merges the sums for itself, which spares a launch;
+# and how many of them it has to read at most.
+PROGRAMS_MERGED, BLOCKS_MERGED = 256, 128
+# Arguments that follow the batch: without this Triton would compile a kernel anew where one of them
+# becomes 1 or a multiple of 16, or ceases to be one. And channels, of which UNIT says more.
+UNSPECIALISED = ("pixels", "steps", "blocks", "per_block", "g_stride", "channels")
+TILE_SUMS, NUM_WARPS_SUMS = 4096, 8
 TILE_MERGE, NUM_WARPS_MERGE = 1024, 4
 
 
@@ -61,7 +66,8 @@ def rows_of(block, step, steps, ROWS: tl.constexpr):
 def tile_at(first, pixels, channels, column, ROWS: tl.constexpr):
     """Offset of pixel `first` in a part, places (ROWS, COLS) from there, which of them exist."""
     row = tl.arange(0, ROWS)
-    mask = (first + row < pixels)[:, None] & (column < channels)[None, :]
+    left = tl.minimum(pixels - first, ROWS).to(tl.int32)
+    mask = (row < left)[:, None] & (column < channels)[None, :]
     return first * channels, row[:, None] * channels + column[None, :], mask
 
 
@@ -96,19 +102,21 @@ def store_statistics(to, mean, squares, count, column, channels):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def statistics_kernel(
-    x, x_stride, partials, pixels, channels, steps, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+    x, x_stride, partials, pixels, channels, steps,
+    ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
     """partials: (P, blocks, 2, C), for `merged_statistics`."""
+    channels = channels // UNIT * UNIT  # says that UNIT divides it
     part = tl.program_id(1).to(tl.int64)
     block, column = place(channels, COLS)
     mean = tl.zeros((ROWS, COLS), tl.float32)
     squares = tl.zeros((ROWS, COLS), tl.float32)
-    for step in tl.range(steps):
+    for step in tl.range(steps, disable_licm=True):
         first = rows_of(block, step, steps, ROWS)
         start, places, mask = tile_at(first, pixels, channels, column, ROWS)
         value = load_float(x + part * x_stride + start + places, mask)
         distance = tl.where(mask, value - mean, 0.0)
-        mean += distance / (step + 1).to(tl.float32)
+        mean += distance * (1 / (step + 1.0))
         squares += distance * tl.where(mask, value - mean, 0.0)
     rest = pixels - rows_of(block, 0, steps, ROWS) - tl.arange(0, ROWS)
     count = tl.minimum(tl.maximum((rest + ROWS - 1) // ROWS, 0), steps).to(tl.float32)
@@ -159,12 +167,31 @@ def merge_statistics_kernel(
     tl.store(var + to, own_var.to(tl.float32), mask=column < channels)
 
 
+@triton.jit
+def totals(start, column, blocks, channels, BOTH: tl.constexpr, ROWS: tl.constexpr):
+    """Of two sums (COLS,), float64, over all blocks, (2, blocks, C) from `start`, both or the
+    second alone; 0 past the last channel."""
+    first = tl.zeros((ROWS, column.shape[0]), tl.float64)
+    second = tl.zeros((ROWS, column.shape[0]), tl.float64)
+    for begin in range(0, blocks, ROWS):
+        block = begin + tl.arange(0, ROWS)
+        mask = (block < blocks)[:, None] & (column < channels)[None, :]
+        at = start + (block.to(tl.int64) * channels)[:, None] + column[None, :]
+        if BOTH:
+            first += tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        second += tl.load(at + blocks * channels, mask=mask, other=0.0).to(tl.float64)
+    return tl.sum(first, axis=0), tl.sum(second, axis=0)
+
+
 def tile_of(channels: int, elements: int) -> dict[str, int]:
     """ROWS and COLS of a program that holds so many elements, with the fewest idle lanes."""
     widths = [width for width in WIDTHS if width <= channels]
     widths = widths or [triton.next_power_of_2(channels)]
     columns = min(widths, key=lambda width: triton.cdiv(channels, width) * width)
-    return {"ROWS": elements // columns, "COLS": columns}
+    unit = math.gcd(channels, 16)
+    # Where they are loaded one by one, each address takes registers.
+    rows = elements // columns if unit % 4 == 0 else elements // columns // 4
+    return {"ROWS": rows, "COLS": columns, "UNIT": unit}
 
 
 def grid_of(blocks: int, parts: int, channels: int, tile: dict[str, int]) -> tuple[int, int]:
@@ -173,20 +200,23 @@ def grid_of(blocks: int, parts: int, channels: int, tile: dict[str, int]) -> tup
 
 
 def blocks_of(
-    rows: int, parts: int, channels: int, tile: dict[str, int]
+    rows: int, parts: int, channels: int, tile: dict[str, int], *, merged: bool = False
 ) -> tuple[dict[str, int], int, int]:
     """The tile, the steps of a program over so many rows, and the programs per part and channels;
-    by shapes alone, as the order of the sums depends on them."""
+    by shapes alone, as the order of the sums depends on them. `merged`: every program of the next
+    kernel merges the sums for itself."""
     tiles = triton.cdiv(rows, tile["ROWS"])
     programs, _ = grid_of(tiles, parts, channels, tile)
-    steps = max(1, programs * parts // PROGRAMS)
+    steps = max(1, programs * parts // (PROGRAMS_MERGED if merged else PROGRAMS))
+    if merged:
+        steps = max(steps, triton.cdiv(tiles, BLOCKS_MERGED))
     return tile, steps, triton.cdiv(tiles, steps)
 
 
-def merge_tile(channels: int, elements: int = TILE_MERGE) -> dict[str, int]:
-    """ROWS and COLS of a program that merges what others left."""
-    columns = min(16, triton.next_power_of_2(channels))
-    return {"ROWS": elements // columns, "COLS": columns}
+def merge_tile(channels: int) -> dict[str, int]:
+    """ROWS and COLS of a program that merges what others left, and does nothing else."""
+    columns = min(WIDTHS[-1], triton.next_power_of_2(channels))
+    return {"ROWS": TILE_MERGE // columns, "COLS": columns}
 
 
 def new_partials(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -194,21 +224,20 @@ def new_partials(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(tuple(shape), dtype=torch.float32, device=like.device)
 
 
-def statistics_blocks(p: int, pixels: int, c: int) -> tuple[dict[str, int], int, int]:
-    """Tile, steps and programs per part and channels of `statistics_kernel`."""
-    return blocks_of(pixels, p, c, tile_of(c, TILE_STATS))
+def sums_blocks(p: int, pixels: int, c: int) -> tuple[dict[str, int], int, int]:
+    """As `blocks_of`, for a kernel that has two sums of a channel, and a next one that merges."""
+    return blocks_of(pixels, p, c, tile_of(c, TILE_SUMS), merged=True)
 
 
 def launch_statistics(x: Tensor) -> tuple[Tensor, int]:
     """Launch `statistics_kernel` on the current stream for x (P, N, C, H, W), which has pixels. The
     partial statistics (P, blocks, 2, C), and the pixels of each."""
     p, n, c, h, w = x.shape
-    tile, steps, blocks = statistics_blocks(p, n * h * w, c)
+    tile, steps, blocks = sums_blocks(p, n * h * w, c)
     partials = new_partials((p, blocks, 2, c), x)
     statistics_kernel[grid_of(blocks, p, c, tile)](
-        x, x.stride(0), partials, n * h * w, c, steps, **tile,
-        num_warps=NUM_WARPS_STATS, **OPTIONS,
-    )  # fmt: skip
+        x, x.stride(0), partials, n * h * w, c, steps, **tile, num_warps=NUM_WARPS_SUMS, **OPTIONS
+    )
     return partials, steps * tile["ROWS"]
 
 

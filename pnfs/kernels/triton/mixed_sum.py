@@ -35,6 +35,7 @@ from pnfs.kernels.triton.maps import (
     place,
     rectified,
     tile_of,
+    totals,
 )
 
 NUM_WARPS, NUM_WARPS_MERGE = 4, 4
@@ -58,9 +59,10 @@ def norm_of(norms, slot: tl.constexpr, at, mask, eps):
 def mixed_sum_kernel(
     maps, strides, norms, weights, out, pixels, channels, eps,
     SLOTS: tl.constexpr, RELUS: tl.constexpr, RELU: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """out: (P, pixels, C). RELU: of the sum."""
+    channels = channels // UNIT * UNIT  # says that UNIT divides it
     part = tl.program_id(1).to(tl.int64)
     block, column = place(channels, COLS)
     row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -117,10 +119,11 @@ def store_sums(partials, first, second, part, block, column, channels, SLOTS: tl
 def mixed_sum_backward_kernel(
     g, g_stride, h, maps, strides, norms, weights, g_maps, partials, pixels, channels, eps, steps,
     SLOTS: tl.constexpr, RELUS: tl.constexpr, RELU: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """g_maps: (P, pixels, C) each. RELU: of the sum, whose result was h. A program takes `steps`
     times ROWS pixels."""
+    channels = channels // UNIT * UNIT  # says that UNIT divides it
     part = tl.program_id(1).to(tl.int64)
     block, column = place(channels, COLS)
     inside = column < channels
@@ -172,7 +175,7 @@ def merge_kernel(
         inside = column < channels
         for s in tl.static_range(len(SLOTS)):
             if term == s:
-                first, second = _totals(start, column, blocks, channels, SLOTS[s] >= 0, ROWS)
+                first, second = totals(start, column, blocks, channels, SLOTS[s] >= 0, ROWS)
                 if SLOTS[s] >= 0:
                     at = part * channels + column
                     to = SLOTS[s] * parts * channels + at
@@ -196,21 +199,6 @@ def merge_kernel(
                 else:
                     g_weight += second
     tl.store(g_weights + part * len(SLOTS) + term, tl.sum(g_weight, axis=0).to(tl.float32))
-
-
-@triton.jit
-def _totals(start, column, blocks, channels, BOTH: tl.constexpr, ROWS: tl.constexpr):
-    """Both sums (COLS,) over all blocks, or the second alone; 0 past the last channel."""
-    first = tl.zeros((ROWS, column.shape[0]), tl.float64)
-    second = tl.zeros((ROWS, column.shape[0]), tl.float64)
-    for begin in range(0, blocks, ROWS):
-        block = begin + tl.arange(0, ROWS)
-        mask = (block < blocks)[:, None] & (column < channels)[None, :]
-        at = start + (block.to(tl.int64) * channels)[:, None] + column[None, :]
-        if BOTH:
-            first += tl.load(at, mask=mask, other=0.0).to(tl.float64)
-        second += tl.load(at + blocks * channels, mask=mask, other=0.0).to(tl.float64)
-    return tl.sum(first, axis=0), tl.sum(second, axis=0)
 
 
 def part_strides(maps: Sequence[Tensor]) -> tuple[int, ...]:
@@ -332,7 +320,7 @@ def launch_gradients(
 
 
 def forward_tile(c: int, terms: int) -> dict[str, int]:
-    return tile_of(c, TILE if terms <= 3 else TILE // 2)
+    return tile_of(c, TILE if terms <= 3 else TILE // 2 if terms <= 6 else TILE // 4)
 
 
 def backward_blocks(p: int, pixels: int, c: int, terms: int) -> tuple[dict[str, int], int, int]:

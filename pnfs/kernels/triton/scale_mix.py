@@ -98,9 +98,10 @@ def _between(middle, other, share):
 def scale_mix_kernel(
     maps, strides, norms, weights, out, pixels, h, w, channels, eps,
     SLOTS: tl.constexpr, RELUS: tl.constexpr, UPS: tl.constexpr, RELU: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """out: (P, N, 2 h, 2 w, C). RELU: of the sum. pixels = N h w."""
+    channels = channels // UNIT * UNIT  # says that UNIT divides it
     part = tl.program_id(1).to(tl.int64)
     block, column = place(channels, COLS)
     pixel = block * ROWS + tl.arange(0, ROWS)
@@ -156,10 +157,11 @@ def scale_mix_backward_kernel(
     g, g_stride, h_out, maps, strides, norms, weights, g_maps, partials,
     pixels, h, w, channels, eps, steps,
     SLOTS: tl.constexpr, RELUS: tl.constexpr, UPS: tl.constexpr, RELU: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """g, h_out: (P, N, 2 h, 2 w, C). RELU: of the sum, whose result was h_out. A program takes
     `steps` times ROWS pixels of half resolution."""
+    channels = channels // UNIT * UNIT  # says that UNIT divides it
     part = tl.program_id(1).to(tl.int64)
     block, column = place(channels, COLS)
     inside = column < channels

@@ -81,7 +81,7 @@ def killed(commands: Commands, arguments: list[object], run: Path, moment: Momen
         while kind == "checkpoint" and list_checkpoints(run) == before:
             assert time.monotonic() < deadline
             time.sleep(0.002)
-            if not Path(f"/proc/{process}/stat").exists():
+            if not is_running(process):
                 break
         time.sleep(when)
         with contextlib.suppress(ProcessLookupError):
@@ -125,6 +125,36 @@ def test_a_killed_run_resumes_to_the_same_bits(
 ) -> None:
     kills, _ = kill_and_resume(commands, folder, whole, workers, SOME[workers])
     assert kills == len(SOME[workers])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_a_killed_process_takes_its_data_workers_along(commands: Commands, folder: Path) -> None:
+    run = folder / "orphans"
+    process = commands.start(*train_or_resume(folder, run, 2))
+    deadline = time.monotonic() + 60
+    while not list_checkpoints(run):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    started = descendants(process)
+    assert len(started) >= 3  # the fork server and two workers
+    os.kill(process, signal.SIGKILL)
+    commands.wait()
+    while any(map(is_running, started)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def descendants(process: int) -> list[int]:
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [x for child in map(int, children) for x in (child, *descendants(child))]
+
+
+def is_running(process: int) -> bool:
+    """Not gone, and not a zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.slow

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any, Literal, cast
@@ -135,6 +137,19 @@ def _start_worker(_: int) -> None:
     # stop; workers end when it asks them to, or when it is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed process cannot ask its workers to end, and they would wait for it for ever.
+
+    torch's own guard looks at the process that forked the worker: the fork server, which in turn
+    lives as long as a worker does.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _worker_context() -> BaseContext:

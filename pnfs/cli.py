@@ -124,6 +124,14 @@ def train(
             "or gumbel; see docs/search.md.",
         ),
     ] = None,
+    architecture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Start from the α and β of an architecture.json, or of a run that has one; frozen "
+            "unless --strategy says otherwise.",
+        ),
+    ] = None,
     settings: Override = None,
     out: Annotated[
         Path | None,
@@ -145,6 +153,8 @@ def train(
     Examples: pnfs train --preset ours-1 --data coco=/data/coco --out runs/a
 
     pnfs train --resume --out runs/a --set train.epochs=300
+
+    pnfs train --preset ours-1 --architecture runs/a --out runs/b
     """
     from pnfs.commands import train_command
 
@@ -153,6 +163,7 @@ def train(
         config_file=config,
         data=data,
         strategy=strategy,
+        architecture=architecture,
         settings=settings or [],
         out=out,
         resume=resume,
@@ -286,20 +297,32 @@ def prune(
 @app.command()
 @_plain_errors
 def plot(
-    run: Run,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Run folders, .safetensors files, or an architecture.json."
+        ),
+    ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder for the pictures. Default: the run's."),
+        typer.Option(
+            metavar="DIR", help="Folder for the pictures. Default: the run's; of several: plots."
+        ),
     ] = None,
+    data: Data = None,
 ) -> None:
-    """Draw a run: the architecture of every part (SVG, PNG) and the training curves.
+    """Draw one run, or compare several.
 
-    Example: pnfs plot runs/a
+    One: the architecture of every part (SVG, PNG), training curves, how α and β moved, predictions
+    beside the truth. Several: their curves, and score against multiply-adds with the Pareto front.
+
+    Examples: pnfs plot runs/a
+
+    pnfs plot runs/d8 runs/d1 --out plots
     """
-    from pnfs.plotting import plot_run
+    from pnfs.commands import plot_command
 
-    for path in plot_run(run, out):
-        typer.echo(path)
+    plot_command(runs, out=out, data=data)
 
 
 @app.command()
@@ -322,6 +345,48 @@ def export(
     from pnfs.commands import export_command
 
     export_command(run, onnx=onnx, program=program, data=data)
+
+
+architecture_app = typer.Typer(
+    name="architecture",
+    help="Architectures as files: what a search found, to read, keep and train from.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(architecture_app)
+
+
+@architecture_app.command(name="export")
+@_plain_errors
+def export_architecture(
+    run: Run,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The JSON file.")],
+) -> None:
+    """Write topology, α, β, their softmax and entropies of every part as JSON.
+
+    Training writes one into the run folder whenever the model gets better.
+
+    Example: pnfs architecture export runs/a --out found.json
+    """
+    from pnfs.commands import export_architecture_command
+
+    export_architecture_command(run, out)
+
+
+@architecture_app.command(name="show")
+@_plain_errors
+def show_architecture(
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An architecture.json, or a run that has one.")
+    ],
+) -> None:
+    """Print the mixes of every part and their entropies.
+
+    Example: pnfs architecture show runs/a
+    """
+    from pnfs.commands import show_architecture_command
+
+    show_architecture_command(source)
 
 
 @app.command()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from pnfs import distributed
+from pnfs.architecture import entropy, mixing_weights
 from pnfs.checkpoint import MODEL, find_weights, is_run, load_model, read_metadata, save_weights
 from pnfs.config import Config, EvalProfile, Precision, load_config, override_config
 from pnfs.data import PeopleDataset, load_people, make_loader
@@ -16,11 +18,14 @@ from pnfs.errors import PnfsError, did_you_mean
 from pnfs.estimator import PoseEstimator
 from pnfs.evaluation import EvalResult, evaluate
 from pnfs.export import ExportReport, export_onnx, export_program
+from pnfs.plotting import plot_comparison, plot_run
 from pnfs.predict import PredictReport, predict
 from pnfs.pruning import PruningReport, prune
 from pnfs.runlog import discard_run, open_run, run_config, write_record
 from pnfs.runtime import keep_heap, select_device
+from pnfs.search import ARCHITECTURE, find_fabrics, read_architecture, save_architecture
 from pnfs.statefile import make_folder, write_json
+from pnfs.topology import SLOTS
 from pnfs.train import train
 
 DATASETS = ("coco", "mpii", "synthetic")
@@ -57,6 +62,7 @@ def train_command(
     config_file: Path | None,
     data: str | None,
     strategy: str | None,
+    architecture: Path | None,
     settings: Sequence[str],
     out: Path | None,
     resume: bool,
@@ -80,6 +86,13 @@ def train_command(
     overrides = list(data_overrides(data)) if data else []
     if data:  # the dataset decides the keypoints
         overrides.append(f"model.skeleton={'mpii' if data.startswith('mpii') else 'coco'}")
+    if architecture is not None:
+        if strategy == "random":
+            raise PnfsError("--architecture and --strategy random exclude each other; give one")
+        if resume:
+            raise PnfsError("--resume continues with the run's own α and β; drop --architecture")
+        file = json.dumps(str(architecture_file(architecture).resolve()))
+        overrides += [f"search.architecture={file}", "search.strategy=none"]
     if strategy is not None:
         overrides.append(f"search.strategy={strategy}")
     overrides += settings
@@ -197,10 +210,84 @@ def prune_command(
         discard_run(out)
         write_record(out, config, device=str(chosen), world=1, step=0)
         write_json(out / PRUNING, {"source": str(run), **report.as_dict()})
-        facts = {**facts, "pruned_from": str(run), "threshold": threshold}
+        # the scores are those of the model before; `pnfs eval` gives the new ones
+        kept = {name: value for name, value in facts.items() if name != "metrics"}
+        facts = {**kept, "pruned_from": str(run), "threshold": threshold}
         save_weights(out / MODEL, small, config, facts)
+        save_architecture(small, out / ARCHITECTURE, {"run": str(out), **facts})
     print(f"{report.text()}\nrun folder: {out}")
     return report
+
+
+def plot_command(runs: Sequence[Path], *, out: Path | None, data: str | None) -> list[Path]:
+    """`pnfs plot`: draw, and name the pictures.
+
+    Raises:
+        PnfsError: as `plot_run` and `plot_comparison`.
+    """
+    if len(runs) == 1:
+        overrides = data_overrides(data) if data else []
+        notes: list[str] = []
+        pictures = plot_run(runs[0], out, overrides=overrides, note=notes.append)
+        for line in notes:
+            print(line, file=sys.stderr)
+    else:
+        pictures = plot_comparison(runs, out or Path("plots"))
+    for picture in pictures:
+        print(picture)
+    return pictures
+
+
+def architecture_file(source: Path) -> Path:
+    """The file itself, or the one in a run folder."""
+    return source / ARCHITECTURE if source.is_dir() else source
+
+
+def export_architecture_command(run: Path, out: Path) -> None:
+    """`pnfs architecture export`.
+
+    Raises:
+        PnfsError: no such run, a model without fabrics, an unwritable file.
+    """
+    weights = find_weights(run)
+    model = load_model(weights)
+    if not find_fabrics(model):
+        raise PnfsError(f"{run}: {type(model).__name__} has no fabric; baselines have no α and β")
+    make_folder(out.parent)
+    save_architecture(model, out, {"run": str(run), **read_metadata(weights)[1]})
+    print(out)
+
+
+def show_architecture_command(source: Path) -> None:
+    """`pnfs architecture show`.
+
+    Raises:
+        PnfsError: a file that cannot be read.
+    """
+    file = architecture_file(source)
+    fabrics, origin = read_architecture(file)
+    print(f"{file}: of {origin.get('run', 'unknown origin')}")
+    for which, stored in fabrics.items():
+        table = stored.topology
+        print(
+            f"\n{which}: layers {table.first_layer} to {table.last_layer} of {table.layers}, "
+            f"C = {table.channels}, H = {table.hidden}"
+        )
+        for p, name in enumerate(stored.parts):
+            alpha, beta = (mixing_weights(x[p].double()) for x in (stored.alpha, stored.beta))
+            spread = [float(entropy(x).mean()) for x in (alpha, beta)]
+            print(f"  {name}: entropy of α {spread[0]:.3f}, of β {spread[1]:.3f} nats")
+            for edge in table.edges:
+                print(
+                    _mix(f"h{edge.source}→h{edge.target}", table.operations, alpha[edge.alpha_row])
+                )
+            for cell in table.cells:
+                print(_mix(cell.name, SLOTS, beta[cell.beta_row]))
+
+
+def _mix(label: str, names: Sequence[str], weights: Tensor) -> str:
+    shares = zip(names, weights.tolist(), strict=True)
+    return f"    {label:<10}" + "  ".join(f"{name} {share:.3f}" for name, share in shares)
 
 
 def export_command(

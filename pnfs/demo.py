@@ -1,31 +1,40 @@
-"""The whole system in minutes: drawn people → training → AP on unseen people → pictures → summary.
+"""The whole system in minutes: drawn people → training → AP on unseen people → pruning → pictures.
 
-Everything is what `pnfs train`, `pnfs eval` and `pnfs plot` use, with preset `tiny`.
+Everything is what `pnfs train`, `pnfs eval`, `pnfs prune` and `pnfs plot` use, with preset `tiny`.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import cv2
-import numpy as np
-
-from pnfs.config import load_config
-from pnfs.data import PeopleDataset, Person, load_people
-from pnfs.data.images import read_image
+from pnfs.commands import prune_command
+from pnfs.config import Config, load_config
+from pnfs.data import PeopleDataset, load_people
 from pnfs.errors import PnfsError
-from pnfs.estimator import Pose, PoseEstimator
-from pnfs.plotting import draw_poses, part_legend, plot_curves, plot_model_architecture, tile
-from pnfs.runlog import METRICS
+from pnfs.estimator import PoseEstimator
+from pnfs.evaluation import evaluate
+from pnfs.plotting import (
+    plot_comparison,
+    plot_curves,
+    plot_model_architecture,
+    plot_predictions,
+    plot_search,
+)
+from pnfs.pruning import PruningReport
+from pnfs.runlog import CONFIG, METRICS
 from pnfs.runtime import keep_heap
-from pnfs.statefile import write_atomically, write_json
-from pnfs.train import train
+from pnfs.statefile import write_json
+from pnfs.train import TrainResult, train
 
-SHOWN_IMAGES = 6
-ENLARGE = 2  # of the small drawn images, so that the limbs are crisp
+# What the demo's short search leaves close to uniform is dropped, and the rest trains on for as
+# long as a demo may take.
+PRUNE_BELOW, EPOCHS_AFTER = 0.32, 2
+RUN, PRUNED, RETRAINED = "run", "pruned", "retrained"
 
 
 @dataclass(frozen=True)
@@ -34,13 +43,15 @@ class DemoResult:
 
     Attributes:
         metrics: COCO AP and AR on the unseen people.
+        pruned: the threshold, what was removed, its price in AP, and AP after training on.
         people: how many unseen people there were.
-        seconds: by stage: data, training (with its evaluation), pictures; and `total`.
+        seconds: by stage: data, training (with its evaluation), pruning, pictures; and `total`.
         pictures: what it shows -> where it is.
         run: the run folder.
     """
 
     metrics: dict[str, float]
+    pruned: dict[str, Any]
     people: int
     seconds: dict[str, float]
     pictures: dict[str, str]
@@ -53,7 +64,7 @@ def run_demo(
     """Run the demo and print its summary.
 
     Args:
-        out: folder for data/, run/, pictures and summary.json.
+        out: folder for data/, run/, pruned/, retrained/, pictures and summary.json.
         overwrite: discard an earlier demo's run; its data is used again if it fits.
         device: as for `train`.
         settings: dotted overrides of preset `tiny`.
@@ -64,7 +75,7 @@ def run_demo(
     """
     keep_heap()
     out = Path(out)
-    run = out / "run"
+    run = out / RUN
     if run.exists() and not overwrite:
         raise PnfsError(f"{out}: holds an earlier demo; add --overwrite or choose another --out")
     config = load_config("tiny", settings)
@@ -72,34 +83,45 @@ def run_demo(
     config = config.model_copy(update={"data": data})
 
     started = time.monotonic()
-    print(f"1/3 drawing people into {data.root}", flush=True)
+    print(f"1/4 drawing people into {data.root}", flush=True)
     skeleton = config.model.skeleton_table
     load_people(data, skeleton, "train")
     unseen = load_people(data, skeleton, "val")
     drawn = time.monotonic()
 
-    print(f"2/3 training preset tiny, then scoring on {len(unseen)} unseen people", flush=True)
-    result = train(config, run, overwrite=overwrite, device=device)
-    if result.stopped_by is not None:
-        raise PnfsError(
-            f"demo: stopped by {result.stopped_by}; go on with pnfs train --resume --out {run}, "
-            "or start again with --overwrite"
-        )
+    print(f"2/4 training preset tiny, then scoring on {len(unseen)} unseen people", flush=True)
+    result = _trained(config, run, overwrite, device)
     trained = time.monotonic()
 
-    print("3/3 drawing the architecture, the curves and some predictions", flush=True)
-    estimator = PoseEstimator(run, device)
-    architecture = plot_model_architecture(estimator.model, out / "architecture")
-    pictures = {f"architecture ({path.suffix[1:]})": str(path) for path in architecture}
-    pictures["training curves"] = str(plot_curves(run / METRICS, out / "curves.png")[0])
-    pictures["predictions beside the truth"] = str(
-        _draw_predictions(estimator, unseen, out / "predictions.png")
+    print(
+        f"3/4 dropping mixing weights up to {PRUNE_BELOW}, removing what died of it, training on",
+        flush=True,
     )
+    report = prune_command(
+        run, out=out / PRUNED, threshold=PRUNE_BELOW, data=None, overwrite=overwrite, device=device
+    )
+    estimator = PoseEstimator(out / PRUNED, device)
+    at_once = evaluate(estimator.model, unseen, config, device=estimator.device, precision="fp32")
+    epochs = min(EPOCHS_AFTER, config.train.epochs)
+    changes = [f"train.weights={json.dumps(str((out / PRUNED).resolve()))}"]
+    longer = load_config(out / PRUNED / CONFIG, [*changes, f"train.epochs={epochs}"])
+    again = _trained(longer, out / RETRAINED, overwrite, device)
+    pruned = _pruned(report, at_once.metrics["AP"], again.metrics["AP"])
+    shrunk = time.monotonic()
+
+    print("4/4 drawing architectures, curves, the search and some predictions", flush=True)
+    pictures = _draw(out, unseen, device)
     ended = time.monotonic()
-    stages = {"data": drawn - started, "training": trained - drawn, "pictures": ended - trained}
+    stages = {
+        "data": drawn - started,
+        "training": trained - drawn,
+        "pruning": shrunk - trained,
+        "pictures": ended - shrunk,
+    }
     seconds = {name: round(value, 1) for name, value in stages.items()}
     demo = DemoResult(
         metrics=result.metrics,
+        pruned=pruned,
         people=len(unseen),
         seconds=seconds | {"total": round(ended - started, 1)},
         pictures=pictures,
@@ -112,6 +134,7 @@ def run_demo(
         "seconds_by_stage": seconds,
         "people": demo.people,
         "metrics": demo.metrics,
+        "pruned": demo.pruned,
         "pictures": demo.pictures,
         "run": demo.run,
     }
@@ -120,49 +143,72 @@ def run_demo(
     return demo
 
 
+def _trained(config: Config, run: Path, overwrite: bool, device: str) -> TrainResult:
+    """`train`, or an error if a signal stopped it."""
+    result = train(config, run, overwrite=overwrite and run.exists(), device=device)
+    if result.stopped_by is not None:
+        raise PnfsError(
+            f"demo: stopped by {result.stopped_by}; go on with pnfs train --resume --out {run}, "
+            "or start again with --overwrite"
+        )
+    return result
+
+
+def _pruned(report: PruningReport, at_once: float, retrained: float) -> dict[str, Any]:
+    costs = {
+        name: [getattr(report.before, name), getattr(report.after, name)]
+        for name in ("params", "conv_macs", "bytes")
+    }
+    return {
+        "threshold": report.threshold,
+        "removed": {k: len(report.of_kind(k)) for k in ("cell", "operation", "connection")},
+        **costs,
+        "milliseconds": [
+            round(1e3 * report.seconds_before, 2),
+            round(1e3 * report.seconds_after, 2),
+        ],
+        "masking_error": report.masking_error,
+        "removal_error": report.removal_error,
+        "AP_before_training_on": at_once,
+        "AP": retrained,
+    }
+
+
+def _draw(out: Path, unseen: PeopleDataset, device: str) -> dict[str, str]:
+    """All pictures: what they show -> where they are."""
+    whole, small = (PoseEstimator(out / name, device) for name in (RUN, RETRAINED))
+    pictures: dict[str, str] = {}
+    for name, estimator, file in (
+        ("architecture", whole, "architecture"),
+        ("pruned architecture", small, "architecture-pruned"),
+    ):
+        for path in plot_model_architecture(estimator.model, out / file):
+            pictures[f"{name} ({path.suffix[1:]})"] = str(path)
+    [curves] = plot_curves(out / RUN / METRICS, out / "curves.png")
+    [search] = plot_search(whole.model, out / RUN / METRICS, out / "search.png")
+    compared = plot_comparison([out / RUN, out / RETRAINED], out / "pruning")
+    [predictions] = plot_predictions(whole, unseen, out / "predictions.png")
+    return {
+        **pictures,
+        "training curves": str(curves),
+        "search of α and β": str(search),
+        "pruned against whole, curves": str(compared[0]),
+        "pruned against whole, AP": str(compared[-1]),
+        "predictions beside the truth": str(predictions),
+    }
+
+
 def _print_summary(demo: DemoResult, path: Path) -> None:
     metrics, seconds = demo.metrics, demo.seconds
     parts = ", ".join(f"{name} {value:g}" for name, value in seconds.items() if name != "total")
     print(f"\nAP {metrics['AP']:.3f}   AP50 {metrics['AP50']:.3f}   on {demo.people} unseen people")
+    small = demo.pruned
+    share = 100 * (1 - small["conv_macs"][1] / max(1, small["conv_macs"][0]))
+    print(
+        f"AP {small['AP']:.3f}   pruned, with {share:.0f} % fewer multiply-adds "
+        f"({small['AP_before_training_on']:.3f} before training on)"
+    )
     print(f"{seconds['total']:.0f} seconds ({parts})")
     for name, picture in demo.pictures.items():
         print(f"{name}: {picture}")
     print(f"run folder: {demo.run}\nsummary: {path}", flush=True)
-
-
-def _draw_predictions(estimator: PoseEstimator, people: PeopleDataset, path: Path) -> Path:
-    """Predictions (left) beside the truth (right) in the first images that have people."""
-    by_image: dict[Path, list[Person]] = {}
-    for person in people.people:
-        by_image.setdefault(person.image_path, []).append(person)
-    shown = list(by_image)[:SHOWN_IMAGES]
-    images = [read_image(image, apply_exif=False) for image in shown]
-    boxes = [np.stack([_corners(person) for person in by_image[image]]) for image in shown]
-    predicted = estimator(images, boxes, color="bgr")
-    skeleton, parts = estimator.skeleton, estimator.config.part_table
-    cells: list[np.ndarray] = []
-    captions: list[str] = []
-    for image, name, poses in zip(images, shown, predicted, strict=True):
-        truth = [_truth(person) for person in by_image[name]]
-        for which, drawn in (("predicted", poses), ("truth", truth)):
-            cells.append(draw_poses(image, drawn, skeleton, parts, scale=ENLARGE))
-            captions.append(f"{name.name}: {which}")
-    sheet = tile(cells, 4, captions=captions)
-    sheet = np.concatenate([sheet, part_legend(parts, sheet.shape[1])])
-    encoded = cv2.imencode(".png", sheet)[1].tobytes()
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(encoded)
-
-    write_atomically(path, write)
-    return path
-
-
-def _corners(person: Person) -> np.ndarray:
-    x, y, width, height = person.box
-    return np.array([x, y, x + width, y + height], np.float32)
-
-
-def _truth(person: Person) -> Pose:
-    labelled = (person.keypoints[:, 2] > 0).astype(np.float32)
-    return Pose(person.keypoints[:, :2], labelled, 1.0, _corners(person))

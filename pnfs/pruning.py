@@ -14,7 +14,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from pnfs.config import DroppedConfig, ModelConfig, PruningConfig
 from pnfs.costs import Costs, count_costs
 from pnfs.errors import PnfsError
 from pnfs.fabric import Cell, Fabric
+from pnfs.folding import for_evaluation
 from pnfs.liveness import Dropped, Parts
 from pnfs.model import PoseNet, build_model
 from pnfs.operations import PartConv2d, select_parts
@@ -60,8 +61,10 @@ class PruningReport:
         removal_error: largest |masked - pruned| score: the price of removing, at most 1e-6. Both
             are measured in float64.
         removed: everything that went, part by part.
-        before, after: costs of one evaluation of one image at the model's input size.
-        seconds_before, seconds_after: median time of one forward pass over the inputs.
+        before, after: costs of one evaluation of one image at the model's input size: parameters
+            and multiply-adds of the modules; launches and bytes as evaluation makes them, folded
+            where it folds.
+        seconds_before, seconds_after: median time of one such forward pass over the inputs.
     """
 
     threshold: float
@@ -157,15 +160,15 @@ def prune(
             f"prune: the pruned model's scores differ by {removal:.3g} from the masked one's, "
             f"more than {REMOVAL_LIMIT:g}; nothing was written, please report this"
         )
-    size = model.config.input_size
-    before, after = (_seconds(network, images) for network in (dense, small))
+    used = [for_evaluation(network, images.device, "fp32") for network in (dense, small)]
+    before, after = (_seconds(network, images) for network in used)
     report = PruningReport(
         threshold=threshold,
         masking_error=masking,
         removal_error=removal,
         removed=tuple(_removed(model, small)),
-        before=count_costs(dense, size),
-        after=count_costs(small, size),
+        before=_costs(dense, used[0]),
+        after=_costs(small, used[1]),
         seconds_before=before,
         seconds_after=after,
         images=len(images),
@@ -206,6 +209,12 @@ def _part_names(config: ModelConfig) -> tuple[list[str], list[str]]:
 
 def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def _costs(model: PoseNet, used: nn.Module) -> Costs:
+    """Parameters and multiply-adds of `model`, launches and bytes of what evaluation runs."""
+    costs, moved = (count_costs(m, model.config.input_size) for m in (model, used))
+    return replace(costs, launches=moved.launches, bytes=moved.bytes)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from runs import SETTINGS, rows_of, small_config
 
-from pnfs.checkpoint import load_model
+from pnfs.checkpoint import load_model, save_weights
 from pnfs.cli import main
 from pnfs.commands import data_overrides
 from pnfs.config import load_config
@@ -22,7 +24,7 @@ from pnfs.errors import PnfsError
 from pnfs.runlog import run_config
 from pnfs.train import train
 
-COMMANDS = ("demo", "train", "eval", "predict", "plot", "prune", "export", "info")
+COMMANDS = ("demo", "train", "eval", "predict", "plot", "prune", "export", "architecture", "info")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_each_command_explains_itself(name: str, capsys: pytest.CaptureFixture[s
     assert call(name, "--help") == 0
     shown = capsys.readouterr().out
     assert "Usage: pnfs " + name in shown
-    assert name == "info" or "Example" in shown
+    assert name in ("info", "architecture") or "Example" in shown
 
 
 def test_training_from_the_command_line(run: Path, tmp_path: Path) -> None:
@@ -146,6 +148,11 @@ def test_a_run_is_pruned_and_the_result_predicts_scores_and_trains_on(
     report = json.loads((small / "pruning.json").read_text())
     assert report["removal_error"] <= 1e-6 and report["source"] == str(run)
     assert report["after"]["params"] <= report["before"]["params"]
+    assert {"bytes", "launches", "conv_macs"} <= set(report["after"]) and report[
+        "seconds_after"
+    ] > 0
+    assert call("architecture", "show", str(small)) == 0
+    assert str(run) not in capsys.readouterr().out.splitlines()[0]
     assert call("eval", str(small)) == 0
     longer = ["--config", str(small / "config.yaml"), "--set", f"train.weights={small}"]
     assert call("train", *longer, "--out", str(tmp_path / "longer"), "--set", "train.epochs=1") == 0
@@ -181,6 +188,67 @@ def test_a_run_and_its_pruned_form_are_exported(
     assert "random images, not on the run's (no such folder)" in capsys.readouterr().out
 
 
+def test_training_starts_from_an_architecture_file_and_keeps_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = load_model(run)
+    with torch.no_grad():
+        for parameter in found.architecture_parameters():
+            parameter.normal_()
+    config = run_config(run)
+    save_weights(tmp_path / "found.safetensors", found, config, {"step": 7})
+    file = tmp_path / "new" / "found.json"
+    assert (
+        call("architecture", "export", str(tmp_path / "found.safetensors"), "--out", str(file)) == 0
+    )
+    assert capsys.readouterr().out == f"{file}\n"
+    assert call("architecture", "show", str(file)) == 0
+    shown = capsys.readouterr().out
+    assert "found.safetensors" in shown.splitlines()[0]
+    assert "entropy of α" in shown and "h0→h1" in shown and "cell_5_0" in shown
+
+    again = ["--config", str(run / "config.yaml"), "--architecture", str(file)]
+    assert call("train", *again, "--out", str(tmp_path / "b")) == 0
+    trained = load_model(tmp_path / "b")
+    pairs = zip(trained.architecture_parameters(), found.architecture_parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    assert run_config(tmp_path / "b").search.strategy == "none"
+    weights, old = trained.state_dict(), found.state_dict()
+    assert any(not torch.equal(weights[key], old[key]) for key in weights)
+    assert call("plot", str(file), "--out", str(tmp_path / "pictures")) == 0
+    assert (tmp_path / "pictures" / "found.svg").is_file()
+    capsys.readouterr()
+
+    # a run stands for its file; with a strategy the search goes on from there
+    further = ["--config", str(run / "config.yaml"), "--architecture", str(tmp_path / "b")]
+    assert call("train", *further, "--strategy", "sync", "--out", str(tmp_path / "c")) == 0
+    pairs = zip(
+        load_model(tmp_path / "c").architecture_parameters(),
+        found.architecture_parameters(),
+        strict=True,
+    )
+    assert not all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    capsys.readouterr()
+
+    other = [*further, "--set", "model.fabric.operations=[zero, skip, separable, atrous]"]
+    assert call("train", *other, "--out", str(tmp_path / "d")) == 2
+    assert "of another topology: fabrics.parts.topology.operations is" in one_line_error(capsys)
+    assert call("train", *further, "--strategy", "random", "--out", str(tmp_path / "d")) == 2
+    assert "exclude each other" in one_line_error(capsys)
+    assert call("train", "--resume", "--out", str(tmp_path / "b"), "--architecture", str(file)) == 2
+    assert "drop --architecture" in one_line_error(capsys)
+
+
+def test_several_runs_are_compared(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    assert call("plot", str(run), str(other), "--out", str(tmp_path / "plots")) == 0
+    names = [Path(line).name for line in capsys.readouterr().out.splitlines()]
+    assert names == ["curves.png", "tradeoff.png"]
+
+
 def test_plot_names_the_pictures(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +281,11 @@ def test_info_shows_backends(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "."], "not a run with a model"),
         (["predict", "missing", "a.jpg"], "no such run folder or file"),
         (["plot", "missing"], "no such run folder or file"),
+        (["plot", "missing", "gone"], "no such run folder or file"),
+        (["architecture", "export", "missing", "--out", "a.json"], "no such run folder or file"),
+        (["architecture", "show", "missing.json"], "missing.json: cannot be read"),
+        (["architecture", "show", "file"], "file: not JSON"),
+        (["train", "--architecture", "missing.json", "--out", "o"], "missing.json: cannot be read"),
         (["export", "missing", "--onnx", "a.onnx"], "no such run folder or file"),
         (["export", "missing"], "nothing to export; give --onnx FILE"),
         (["demo", "--out", "file/demo"], "cannot be written"),

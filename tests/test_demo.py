@@ -16,9 +16,15 @@ from pnfs.errors import PnfsError
 
 
 def check_pictures(summary: dict) -> None:
-    assert {"architecture (png)", "training curves", "predictions beside the truth"} <= set(
-        summary["pictures"]
+    names = (
+        "architecture (png)",
+        "pruned architecture (png)",
+        "training curves",
+        "search of α and β",
+        "pruned against whole, AP",
+        "predictions beside the truth",
     )
+    assert set(names) <= set(summary["pictures"])
     for path in summary["pictures"].values():
         assert Path(path).is_file(), path
         if path.endswith(".png"):
@@ -34,6 +40,9 @@ def test_a_small_demo_goes_through_every_stage(
     assert summary["AP"] == result.metrics["AP"] and "AP50" in summary
     assert summary["people"] == result.people > 0
     assert summary["seconds"] == pytest.approx(sum(summary["seconds_by_stage"].values()), abs=0.3)
+    pruned = summary["pruned"]
+    assert pruned["removal_error"] <= 1e-6 and pruned["conv_macs"][1] <= pruned["conv_macs"][0]
+    assert 0 <= pruned["AP"] <= 1
     check_pictures(summary)
     shown = capsys.readouterr().out
     for path in (*summary["pictures"].values(), summary["run"], "summary.json", "AP50"):
@@ -57,4 +66,6 @@ def test_the_demo_reaches_its_figures(tmp_path: Path) -> None:
     assert result.people == 200
     assert result.metrics["AP"] >= 0.75
     assert result.metrics["AP50"] >= 0.95
+    assert result.pruned["AP"] >= 0.6
+    assert result.pruned["conv_macs"][1] < 0.9 * result.pruned["conv_macs"][0]
     check_pictures(json.loads((tmp_path / "demo" / "summary.json").read_text()))

@@ -20,7 +20,7 @@ ORDER = """
 errors skeleton topology sections config statefile runtime capture kernels info architecture
 liveness operations fabric backbones head baselines model folding distributed costs search data
 decode evaluation checkpoint compat pruning runlog recorder schedule steps train estimator plotting
-predict demo export commands cli
+predict export commands demo cli
 """.split()
 
 # Files beside those of the ops.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from pnfs.plotting.canvas import Canvas
 from pnfs.plotting.legend import draw_legend, legend_size
 from pnfs.plotting.panel import Floats, Panel, draw_panel
 from pnfs.plotting.style import SOFT, drawing, part_colours, save_figure
+from pnfs.search import read_architecture
 from pnfs.skeleton import Skeleton
 from pnfs.topology import Topology
 
@@ -24,6 +25,7 @@ MARGIN, GUTTER = 0.22, 0.18  # inches, around the picture and between panels
 TITLE_H = 0.42
 DEAD_BELOW = 1e-3  # softmax weights up to this are drawn as absent
 
+AnyPanel = TypeVar("AnyPanel")
 Names = Sequence[str] | Mapping[str, Sequence[int]]
 
 
@@ -95,6 +97,30 @@ def plot_model_architecture(
     return _draw(groups, path, title, config.skeleton_table)
 
 
+def plot_architecture_file(
+    file: str | Path, path: str | Path, *, title: str | None = None
+) -> list[Path]:
+    """`plot_model_architecture` of an architecture.json, without its model.
+
+    Args:
+        file: what a search or `pnfs architecture export` wrote.
+        path: a .svg or .png file; without a suffix both are written.
+        title: one line above everything; default where the file comes from.
+
+    Raises:
+        PnfsError: a file that cannot be read, or a picture that cannot be written.
+    """
+    fabrics, source = read_architecture(file)
+    groups = []
+    for which in [key for key in ("backbone", "parts") if key in fabrics]:
+        stored = fabrics[which]
+        panels = _panels(stored.topology, stored.alpha, stored.beta, stored.parts)
+        if which == "backbone":
+            panels = [replace(panel, colour=SOFT) for panel in panels]
+        groups.append(panels)
+    return _draw(groups, path, title or str(source.get("run", Path(file).name)), None)
+
+
 def _panels(
     topology: Topology,
     alpha: Any,
@@ -152,7 +178,7 @@ def _draw(
     threshold: float = DEAD_BELOW,
 ) -> list[Path]:
     """Lay out the groups, each from a new row on, draw panels and legend, and save."""
-    rows = [row for group in groups for row in _rows(group)]
+    rows = [row for group in groups for row in panel_rows(group)]
     panels = [panel for row in rows for panel in row]
     widths = [sum(panel.width + GUTTER for panel in row) - GUTTER for row in rows]
     heights = [max(panel.height for panel in row) for row in rows]
@@ -197,7 +223,7 @@ def _fits(size: tuple[float, float], width: float, height: float) -> bool:
     return size[0] + GUTTER <= width and size[1] <= height
 
 
-def _rows(panels: Sequence[Panel]) -> list[list[Panel]]:
+def panel_rows(panels: Sequence[AnyPanel]) -> list[list[AnyPanel]]:
     """Up to three panels side by side, four as two by two, more than nine in fours."""
     count = len(panels)
     columns = 2 if count == 4 else min(count, 3) if count <= 9 else 4

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -40,6 +41,12 @@ class Canvas:
         self._axes.set_xlim(0, width)
         self._axes.set_ylim(height, 0)
         self._axes.set_axis_off()
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes for a chart, with the upper left corner at (x, y)."""
+        below = self.height - y - height
+        place = (x / self.width, below / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(place)
 
     def text(
         self,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,64 +10,27 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from pnfs.errors import PnfsError
 from pnfs.evaluation.pckh import PCKH_10, PCKH_50
-from pnfs.plotting.style import FAINT, SOFT, drawing, save_figure
+from pnfs.plotting.charts import (
+    LINE_STYLES,
+    PLAIN,
+    marker,
+    plain_log_ticks,
+    run_colour,
+    say_empty,
+    style_axes,
+)
+from pnfs.plotting.metrics import Curves, read_curves
+from pnfs.plotting.style import SOFT, drawing, save_figure
 from pnfs.runlog import METRICS
 
 SCORES = ("AP", "AP50", PCKH_50, PCKH_10)  # shown if there, of one run
-# The parts' palette, darkest first and without yellow, which does not read as a line on white.
-RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
-LINE_STYLES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
 SMOOTH_FROM = 60  # rows from which the moving average is drawn over the raw losses
 
-_PLAIN = FuncFormatter(lambda value, _: f"{value:.6g}")  # 0.003, not 3 × 10⁻³
-
-Series = tuple[list[float], list[float]]  # steps and values
 Runs = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
-
-
-@dataclass(frozen=True)
-class Curves:
-    """One run's series: steps and finite values of the loss, the learning rate and every score."""
-
-    loss: Series
-    learning_rate: Series
-    scores: dict[str, Series]
-
-
-def read_curves(path: str | Path) -> Curves:
-    """Read `metrics.jsonl` (or the one in a run folder).
-
-    A row with `"event": "eval"` holds `step` and scores, any other `step`, `loss` and `lr`.
-    Fields that are missing, null or not finite leave a gap. The last line may be cut off, as after
-    a crash.
-
-    Raises:
-        PnfsError: no such file, or a line other than the last that is not a JSON object.
-    """
-    path = Path(path)
-    file = path / METRICS if path.is_dir() else path
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise PnfsError(
-            f"metrics {file}: cannot be read ({error.strerror or error}); "
-            f"give a run folder or its {METRICS}"
-        ) from None
-    curves = Curves(([], []), ([], []), {})
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            _add(curves, row)
-        elif line.strip() and number < len(lines):
-            raise PnfsError(f"metrics {file}: line {number} is not a JSON object; remove it")
-    return curves
 
 
 def plot_curves(runs: Runs, path: str | Path, *, title: str | None = None) -> list[Path]:
@@ -113,30 +73,6 @@ def plot_curves(runs: Runs, path: str | Path, *, title: str | None = None) -> li
         return save_figure(figure, path)
 
 
-def _add(curves: Curves, row: Mapping[str, Any]) -> None:
-    """Sort one row's numbers into the series."""
-    step = _number(row.get("step"))
-    if step is None:
-        return
-    if row.get("event") == "eval":
-        names = [name for name in row if name not in ("step", "epoch", "seconds")]
-        targets = [(name, curves.scores) for name in names]
-    else:
-        targets = [("loss", {"loss": curves.loss}), ("lr", {"lr": curves.learning_rate})]
-    for name, series in targets:
-        value = _number(row.get(name))
-        if value is not None and value >= 0:  # COCO's −1: nothing of this kind to score
-            steps, values = series.setdefault(name, ([], []))
-            steps.append(step)
-            values.append(value)
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
-
-
 def _labelled(runs: Runs) -> dict[str, str | Path]:
     if isinstance(runs, Mapping):
         labelled = dict(runs)
@@ -151,34 +87,6 @@ def _labelled(runs: Runs) -> dict[str, str | Path]:
     return labelled
 
 
-def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=9.5, fontweight="bold", loc="left")
-    axes.grid(color=FAINT, linewidth=0.5, alpha=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8, colors=SOFT)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(FAINT)
-
-
-def _colour(i: int) -> str:
-    return RUN_COLOURS[i % len(RUN_COLOURS)]
-
-
-def _marker(values: Sequence[float]) -> dict[str, Any]:
-    """Few points are marked, so that a single one is seen."""
-    return {"marker": "o", "markersize": 3.5} if len(values) <= 30 else {}
-
-
-def _empty(axes: Axes, text: str) -> None:
-    """A panel without data says so."""
-    axes.text(
-        0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=9, color=SOFT
-    )
-    axes.set_yticks([])
-
-
 def _plot_loss(axes: Axes, curves: Mapping[str, Curves]) -> None:
     smoothed = 0
     for i, (label, run) in enumerate(curves.items()):
@@ -186,21 +94,21 @@ def _plot_loss(axes: Axes, curves: Mapping[str, Curves]) -> None:
         if not points:
             continue
         steps, values = np.array(points).T
-        style: dict[str, Any] = {"color": _colour(i), "linewidth": 1.6, "label": label}
+        style: dict[str, Any] = {"color": run_colour(i), "linewidth": 1.6, "label": label}
         if len(values) >= SMOOTH_FROM:
-            axes.plot(steps, values, color=_colour(i), linewidth=0.7, alpha=0.35)
+            axes.plot(steps, values, color=run_colour(i), linewidth=0.7, alpha=0.35)
             window = max(3, len(values) // 40) | 1
             smoothed = max(smoothed, window)
             axes.plot(steps, _moving_average(values, window), **style)
         else:
-            axes.plot(steps, values, **style, **_marker(values))
-    _style(axes, "Training loss" + (f" (thick: mean of {smoothed} rows)" if smoothed else ""))
+            axes.plot(steps, values, **style, **marker(values))
+    style_axes(axes, "Training loss" + (f" (thick: mean of {smoothed} rows)" if smoothed else ""))
     axes.set_xlabel("step", fontsize=8.5, color=SOFT)
     if not axes.lines:
-        _empty(axes, "no loss recorded")
+        say_empty(axes, "no loss recorded")
         return
     axes.set_yscale("log")
-    _plain_log_ticks(axes)
+    plain_log_ticks(axes)
     if len(curves) > 1:
         axes.legend(fontsize=8.5, frameon=False, loc="upper right")
 
@@ -210,15 +118,6 @@ def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
     kernel = np.ones(window)
     counts = np.convolve(np.ones(len(values)), kernel, mode="same")
     return np.asarray(np.convolve(values, kernel, mode="same") / counts)
-
-
-def _plain_log_ticks(axes: Axes) -> None:
-    """On less than three decades, label intermediate values too."""
-    low, high = axes.get_ylim()
-    subs = (1.0, 2.0, 3.0, 5.0) if high / low < 30 else (1.0, 3.0) if high / low < 1e3 else (1.0,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(_PLAIN)
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _plot_scores(axes: Axes, curves: Mapping[str, Curves]) -> None:
@@ -235,17 +134,20 @@ def _plot_scores(axes: Axes, curves: Mapping[str, Curves]) -> None:
                 axes.plot(
                     steps,
                     values,
-                    color=_colour(i if several else j),
+                    color=run_colour(i if several else j),
                     linestyle=LINE_STYLES[0 if several else j],
                     linewidth=1.6,
                     label=f"{label if several else name}  {last}",
-                    **_marker(values),
+                    **marker(values),
                 )
-    _style(axes, f"{chosen[0] if several and chosen else 'Score'} at evaluations")
+    style_axes(axes, f"{chosen[0] if several and chosen else 'Score'} at evaluations")
     if not axes.lines:
-        _empty(axes, "no evaluation yet")
+        say_empty(axes, "no evaluation yet")
         return
     low, high = axes.get_ylim()
+    values = [float(y) for line in axes.lines for y in np.asarray(line.get_ydata())]
+    if all(len(np.asarray(line.get_ydata())) == 1 for line in axes.lines):
+        low, high = 0.0, 1.1 * max(*values, 1.0)  # a lone point is read on the whole scale
     axes.set_ylim(max(low, 0.0), high)
     axes.legend(
         fontsize=8,
@@ -265,16 +167,16 @@ def _plot_learning_rate(axes: Axes, curves: Mapping[str, Curves]) -> None:
             axes.plot(
                 steps,
                 values,
-                color=_colour(i),
+                color=run_colour(i),
                 linewidth=1.6,
                 linestyle=LINE_STYLES[i % len(LINE_STYLES)],
             )
-    _style(axes, "Learning rate")
+    style_axes(axes, "Learning rate")
     axes.set_xlabel("step", fontsize=8.5, color=SOFT)
     if not axes.lines:
-        _empty(axes, "no learning rate recorded")
+        say_empty(axes, "no learning rate recorded")
         return
     highest = max(value for run in curves.values() for value in run.learning_rate[1])
     axes.set_ylim(0, 1.15 * highest if highest > 0 else 1.0)
     axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 5, 10]))
-    axes.yaxis.set_major_formatter(_PLAIN)
+    axes.yaxis.set_major_formatter(PLAIN)

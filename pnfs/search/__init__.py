@@ -1,6 +1,12 @@
 """How α and β are found: the strategies of `search.strategy`, and architectures as files."""
 
-from pnfs.search.files import ARCHITECTURE, load_architecture, save_architecture
+from pnfs.search.files import (
+    ARCHITECTURE,
+    StoredFabric,
+    load_architecture,
+    read_architecture,
+    save_architecture,
+)
 from pnfs.search.macs import expected_macs, find_fabrics
 from pnfs.search.monitor import Monitor
 from pnfs.search.start import level_heads
@@ -19,6 +25,7 @@ __all__ = [
     "Monitor",
     "ParameterGroups",
     "StepContext",
+    "StoredFabric",
     "Strategy",
     "build_strategy",
     "decay_gradients",
@@ -26,5 +33,6 @@ __all__ = [
     "find_fabrics",
     "level_heads",
     "load_architecture",
+    "read_architecture",
     "save_architecture",
 ]

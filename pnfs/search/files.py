@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from pnfs.architecture import entropy
 from pnfs.errors import PnfsError
 from pnfs.fabric import Fabric
+from pnfs.liveness import Dropped
 from pnfs.search.macs import find_fabrics
 from pnfs.statefile import reason, write_json
-from pnfs.topology import SLOTS
+from pnfs.topology import SLOTS, Topology, build_topology
 
 FORMAT = "pnfs-architecture-1"
 ARCHITECTURE = "architecture.json"
@@ -45,15 +47,67 @@ def save_architecture(model: nn.Module, path: str | Path, source: Mapping[str, A
     write_json(Path(path), tree)
 
 
-@torch.no_grad()
-def load_architecture(model: nn.Module, path: str | Path) -> None:
-    """Copy α and β of a file into those of `model`, in place.
+@dataclass(frozen=True)
+class StoredFabric:
+    """One fabric of an architecture file.
+
+    Attributes:
+        topology: its table.
+        parts: names, in the order of the leading axis.
+        alpha, beta: logits (P, edges, operations) and (P, cells, 3), −∞ for what pruning dropped.
+    """
+
+    topology: Topology
+    parts: tuple[str, ...]
+    alpha: Tensor
+    beta: Tensor
+
+
+def read_architecture(path: str | Path) -> tuple[dict[str, StoredFabric], dict[str, Any]]:
+    """The fabrics of a file, `parts` and perhaps `backbone`, and where it comes from.
 
     Raises:
-        PnfsError: unreadable, of another format, or of another topology; the first difference is
-            named and the model is unchanged.
+        PnfsError: unreadable, of another format, or damaged.
     """
     path = Path(path)
+    tree = _read(path)
+    try:
+        fabrics = {which: _fabric(stored) for which, stored in tree["fabrics"].items()}
+        return fabrics, dict(tree["source"])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        raise PnfsError(f"{path}: a damaged architecture file; write it anew") from None
+
+
+def _fabric(stored: Mapping[str, Any]) -> StoredFabric:
+    theta, names = stored["topology"], tuple(stored["parts"])
+    table = build_topology(
+        layers=theta["layers"],
+        channels=theta["channels"],
+        hidden=theta["hidden"],
+        operations=tuple(theta["operations"]),
+        cut=theta["first_layer"],
+        reserve=theta["last_layer"] + 1,
+    )
+    if [row.name for row in table.cells] != theta["cells"]:
+        raise ValueError("cells")
+    logits = []
+    for key, rows, columns in (
+        ("alpha", len(table.edges), len(table.operations)),
+        ("beta", len(table.cells), len(SLOTS)),
+    ):
+        parts = [[[float(x) for x in row] for row in stored["parts"][name][key]] for name in names]
+        logits.append(torch.tensor(parts).reshape(len(names), rows, columns))
+    dropped = Dropped.from_names(
+        table, list(names), theta["dropped_operations"], theta["dropped_inputs"]
+    )
+    for tensor, indices in zip(logits, (dropped.operations, dropped.inputs), strict=True):
+        for index in indices:
+            tensor[index] = -torch.inf
+    return StoredFabric(table, names, *logits)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The tree of a file of the right format."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -63,6 +117,19 @@ def load_architecture(model: nn.Module, path: str | Path) -> None:
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         found = tree.get("format") if isinstance(tree, dict) else None
         raise PnfsError(f"{path}: format {found!r}, expected {FORMAT!r}")
+    return tree
+
+
+@torch.no_grad()
+def load_architecture(model: nn.Module, path: str | Path) -> None:
+    """Copy α and β of a file into those of `model`, in place.
+
+    Raises:
+        PnfsError: unreadable, of another format, or of another topology; the first difference is
+            named and the model is unchanged.
+    """
+    path = Path(path)
+    tree = _read(path)
     fabrics, stored = find_fabrics(model), tree.get("fabrics", {})
     names = {"parts": list(_part_table(model)), "backbone": ["backbone"]}
     expected = {

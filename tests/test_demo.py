@@ -34,7 +34,7 @@ def check_pictures(summary: dict) -> None:
 def test_a_small_demo_goes_through_every_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = [*SETTINGS, "train.epochs=1"]
+    settings = [*SETTINGS, "train.epochs=1", "search.log_every=1"]
     result = run_demo(tmp_path / "demo", settings=settings)
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["AP"] == result.metrics["AP"] and "AP50" in summary

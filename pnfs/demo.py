@@ -186,7 +186,8 @@ def _draw(out: Path, unseen: PeopleDataset, device: str) -> dict[str, str]:
             pictures[f"{name} ({path.suffix[1:]})"] = str(path)
     [curves] = plot_curves(out / RUN / METRICS, out / "curves.png")
     [search] = plot_search(whole.model, out / RUN / METRICS, out / "search.png")
-    compared = plot_comparison([out / RUN, out / RETRAINED], out / "pruning")
+    both = {"whole": out / RUN, "pruned, trained on": out / RETRAINED}
+    compared = plot_comparison(both, out / "pruning")
     [predictions] = plot_predictions(whole, unseen, out / "predictions.png")
     return {
         **pictures,

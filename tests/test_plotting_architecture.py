@@ -11,10 +11,11 @@ from pictures import OPERATIONS, has_colour, logits, one_line, read, subnetwork
 
 from pnfs.config import list_presets, load_config, parse_config
 from pnfs.errors import PnfsError
-from pnfs.model import build_model
+from pnfs.model import PoseNet, build_model
 from pnfs.plotting import plot_architecture, plot_architecture_file, plot_model_architecture
-from pnfs.plotting.panel import live_cells
+from pnfs.plotting.panel import DEAD_FILL, live_cells
 from pnfs.plotting.style import DPI, OPERATION_COLOURS, PART_COLOURS, TRANSFORM_COLOURS, rgb
+from pnfs.pruning import prune
 from pnfs.search import save_architecture
 from pnfs.skeleton import COCO
 from pnfs.topology import Topology, build_topology
@@ -187,6 +188,26 @@ def test_model_with_a_fabric_backbone_draws_both(tmp_path: Path) -> None:
 def test_baseline_has_no_architecture(tmp_path: Path) -> None:
     with pytest.raises(PnfsError, match="has no fabric"):
         plot_model_architecture(torch.nn.Linear(1, 1), tmp_path / "a.png")
+
+
+def test_what_pruning_removed_is_grey(tmp_path: Path) -> None:
+    model = build_model(load_config("tiny").model)
+    assert isinstance(model, PoseNet)
+    with torch.no_grad():  # every part takes its output from the 1/4 scale alone
+        model.fabric.beta[:, :, 1:] = -5.0
+        model.fabric.alpha[..., 1] = -5.0  # and hardly any skip
+    small, report = prune(model, 0.1)
+    assert report.removed_cells
+    [whole] = plot_model_architecture(model, tmp_path / "whole.png")
+    [pruned] = plot_model_architecture(small, tmp_path / "pruned.png")
+
+    def pixels(path: Path, colour: str) -> int:
+        return int((read(path)[..., ::-1] == rgb(colour)).all(-1).sum())
+
+    assert pixels(pruned, DEAD_FILL) > 5 * pixels(whole, DEAD_FILL)
+    down, skip = TRANSFORM_COLOURS["down"], OPERATION_COLOURS["skip"]
+    assert pixels(pruned, down) < 0.6 * pixels(whole, down)
+    assert pixels(pruned, skip) < pixels(whole, skip)
 
 
 def test_a_file_is_drawn_as_its_model_is(tmp_path: Path) -> None:

@@ -84,10 +84,10 @@ def plot_model_architecture(
         raise PnfsError(
             f"architecture picture: {type(model).__name__} has no fabric; baselines have no α and β"
         )
-    groups = [_panels(fabric.topology, fabric.alpha, fabric.beta, config.part_table)]
+    groups = [_panels_of(fabric, config.part_table)]
     backbone: Any = getattr(getattr(model, "backbone", None), "fabric", None)
     if backbone is not None:
-        [panel] = _panels(backbone.topology, backbone.alpha, backbone.beta, ["backbone"])
+        [panel] = _panels_of(backbone, ["backbone"])
         groups.insert(0, [replace(panel, colour=SOFT)])  # the palette is the parts'
     if title is None:
         source = config.backbone if isinstance(config.backbone, str) else "fabric backbone"
@@ -119,6 +119,19 @@ def plot_architecture_file(
             panels = [replace(panel, colour=SOFT) for panel in panels]
         groups.append(panels)
     return _draw(groups, path, title or str(source.get("run", Path(file).name)), None)
+
+
+def used_outputs(fabric: Any, part: int) -> tuple[int, ...]:
+    """Levels of a fabric's last layer whose output somebody reads in a part."""
+    return tuple(level for level, parts in enumerate(fabric.plan.outputs) if part in parts)
+
+
+def _panels_of(fabric: Any, part_names: Names) -> list[Panel]:
+    """Panels of a model's fabric, with what pruning dropped at zero."""
+    # The logarithm of a softmax is a logit of it.
+    alpha, beta = (weights.detach().log() for weights in fabric.mixing_weights())
+    panels = _panels(fabric.topology, alpha, beta, part_names)
+    return [replace(panel, outputs=used_outputs(fabric, p)) for p, panel in enumerate(panels)]
 
 
 def _panels(

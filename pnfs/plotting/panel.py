@@ -6,7 +6,7 @@ Adjacency is read from the topology's rows, never derived.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +51,8 @@ INPUT_NAMES = {True: "stem", False: "pyramid"}  # by Topology.from_stem
 class Panel:
     """One fabric to draw: `alpha` (edges, ops) and `beta` (cells, 3) are softmax values.
 
-    `keypoints` are the skeleton's indices that it predicts; none for a backbone.
+    `keypoints` are the skeleton's indices that it predicts; none for a backbone. `outputs` are the
+    levels of the last layer whose output is used; None for all.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Panel:
     beta: Floats
     colour: str
     keypoints: tuple[int, ...] = ()
+    outputs: tuple[int, ...] | None = None
 
     @property
     def layers(self) -> range:
@@ -75,12 +77,15 @@ class Panel:
         return 2 * PADDING + HEADER_H + LEVELS * PITCH_Y + 0.06 + bars
 
 
-def live_cells(topology: Topology, beta: Floats, threshold: float) -> frozenset[Place]:
+def live_cells(
+    topology: Topology, beta: Floats, threshold: float, outputs: Collection[int] | None = None
+) -> frozenset[Place]:
     """Cells, and inputs from outside, that lie on a path from an input to an output.
 
     Args:
         beta: (cells, 3) softmax values of one part.
         threshold: connections with a weight up to this count as absent.
+        outputs: levels of the last layer whose output is used; all by default.
     """
     present = [
         ((cell.layer, cell.level), x.source)
@@ -92,7 +97,8 @@ def live_cells(topology: Topology, beta: Floats, threshold: float) -> frozenset[
     for place, source in present:  # layer by layer, so a source is settled before its readers
         if source in fed:
             fed.add(place)
-    needed = {(cell.layer, cell.level) for cell in topology.output_cells} & fed
+    ends = [c for c in topology.output_cells if outputs is None or c.level in outputs]
+    needed = {(cell.layer, cell.level) for cell in ends} & fed
     for place, source in reversed(present):
         if place in needed and source in fed:
             needed.add(source)
@@ -111,7 +117,7 @@ def draw_panel(
     """Draw `panel` in a frame of `height` inches with its upper left corner at (x, y)."""
     canvas.box(x, y, panel.width, height, edge=FRAME, line=1.0, radius=0.08, layer=1)
     grid = _Grid(panel, x + PADDING, y + PADDING)
-    live = live_cells(panel.topology, panel.beta, threshold)
+    live = live_cells(panel.topology, panel.beta, threshold, panel.outputs)
     _draw_header(canvas, panel, grid)
     _draw_connections(canvas, panel, grid, live, threshold)
     sources = {s.source for cell in panel.topology.cells for s in cell.inputs}

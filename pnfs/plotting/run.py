@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pnfs.checkpoint import find_weights, load_model, read_metadata
@@ -87,19 +87,24 @@ def _missing_data(config: Config) -> str | None:
     return f"data.root {root} is no folder" if root is not None else "data.root is not set"
 
 
-def plot_comparison(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
+def plot_comparison(
+    runs: Sequence[str | Path] | Mapping[str, str | Path], out: str | Path
+) -> list[Path]:
     """Several runs in one picture each: curves (Fig. 6), score against multiply-adds (Fig. 7).
 
     Runs are labelled by their folders' names, and with d where it differs.
 
     Args:
-        runs: two or more run folders.
+        runs: two or more run folders, or what to call them -> run folder.
         out: folder for curves.png and tradeoff.png.
 
     Raises:
         PnfsError: as `plot_curves` and `plot_tradeoff`; no metrics at all.
     """
-    labels = _labels([Path(run) for run in runs])
+    if isinstance(runs, Mapping):
+        labels = {label: Path(run) for label, run in runs.items()}
+    else:
+        labels = _labels([Path(run) for run in runs])
     written: list[Path] = []
     logs = {label: run / METRICS for label, run in labels.items() if (run / METRICS).is_file()}
     if len(logs) > 1:

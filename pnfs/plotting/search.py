@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pnfs.errors import PnfsError
-from pnfs.plotting.architecture import DEAD_BELOW, GUTTER, MARGIN, TITLE_H, panel_rows
+from pnfs.plotting.architecture import DEAD_BELOW, GUTTER, MARGIN, TITLE_H, panel_rows, used_outputs
 from pnfs.plotting.canvas import Canvas, text_width
 from pnfs.plotting.charts import PLAIN, plain_log_ticks, say_empty, style_axes
 from pnfs.plotting.legend import TRANSFORMS
@@ -59,6 +59,7 @@ class Trajectory:
     steps: Floats
     alpha: Floats
     beta: Floats
+    outputs: tuple[int, ...]  # levels of the last layer whose output is used
 
     @property
     def layers(self) -> range:
@@ -113,7 +114,8 @@ def read_trajectories(rows: Sequence[Mapping[str, Any]], model: nn.Module) -> li
         steps = np.array([float(row["step"]) for row in found])
         for p, name in enumerate(names[which]):
             alpha, beta = values["alpha"][:, p], values["beta"][:, p]
-            result.append(Trajectory(name, table, colours[name], steps, alpha, beta))
+            ends = used_outputs(fabrics[which], p)
+            result.append(Trajectory(name, table, colours[name], steps, alpha, beta, ends))
     return result
 
 
@@ -270,7 +272,7 @@ def _draw_panel(canvas: Canvas, panel: Trajectory, x: float, y: float, height: f
     grid = top + HEADER_H
     for level in range(panel.levels):
         canvas.text(left, grid + (level + 0.5) * PITCH_Y, f"1/{4 << level}", 8.5, bold=True)
-    live = live_cells(panel.topology, panel.beta[-1], DEAD_BELOW)
+    live = live_cells(panel.topology, panel.beta[-1], DEAD_BELOW, panel.outputs)
     for cell in panel.topology.cells:
         column = cell.layer - panel.topology.first_layer
         corner = (

@@ -192,3 +192,11 @@ def test_refusals() -> None:
         pnfs.fold(nn.Linear(1, 1))
     with pytest.raises(PnfsError, match="multiples of 32"):
         fold(model_of("tiny"))(torch.randn(1, 3, 48, 64))
+
+
+def test_a_pruned_fabric_of_one_layer_folds() -> None:
+    """Its only cell reads two of the pyramid's four levels."""
+    model = model_of("tiny", fabric={"channels": 2, "cut": 5, "operations": ["skip", "separable"]})
+    small, report = pnfs.prune(model, 0.3)
+    assert small.config.pruning is not None and report.removed
+    check(small)

@@ -65,8 +65,9 @@ class FabricFolder:
         self.betas = _Betas(fabric, part)
         layer = fabric.topology.input_layer
         self.features: dict[tuple[int, int], Feature] = {}
-        for level, x in enumerate(inputs):
-            readers = fabric.plan.reads[level] if fabric.plan.pruned else range(fabric.parts)
+        reads = fabric.plan.reads  # of a short fabric no cell reads the coarsest levels
+        for level, x in enumerate(inputs[: len(reads)]):
+            readers = reads[level] if fabric.plan.pruned else range(fabric.parts)
             if part not in readers:
                 continue
             if fabric.reduce:

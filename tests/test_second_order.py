@@ -18,7 +18,8 @@ from pnfs.data.training import TrainingData
 from pnfs.kernels import use_backend
 from pnfs.model import build_model
 from pnfs.search import StepContext, build_strategy
-from pnfs.search.strategies import SecondOrder, unrolled_adam
+from pnfs.search.strategies import SecondOrder
+from pnfs.search.unrolled import unrolled_adam
 from pnfs.steps import Stepper
 
 

@@ -55,6 +55,7 @@ class Progress:
         step: optimiser steps made, skipped ones included.
         skipped_steps: steps without a finite loss and gradient; nothing was updated in them.
         nonfinite_in_a_row: how many of them were the last ones.
+        skipped_samples: broken ones that were left out, on all ranks.
         best: best AP or PCKh so far.
         logged_step: step of the last training row of metrics.jsonl.
         window_loss, window_steps: sum of the losses since then.
@@ -63,6 +64,7 @@ class Progress:
     step: int = 0
     skipped_steps: int = 0
     nonfinite_in_a_row: int = 0
+    skipped_samples: int = 0
     best: float | None = None
     logged_step: int = 0
     window_loss: float = 0.0
@@ -149,6 +151,7 @@ class _Trainer:
         self.monitor = Monitor(self.model)
         self.clock = Clock()
         self.signals = StopSignals()
+        self.asked_to_stop = False  # by a signal to any rank, before the end of the last step
         self.last_metrics: dict[str, float] = {}
 
     def _load_start(self) -> None:
@@ -230,7 +233,7 @@ class _Trainer:
             count = min(config.accumulate, remaining)
             self._step(batches, count)
             remaining -= count
-            stopped = self._agree_to_stop(stop_at)
+            stopped = self._stop_reason(stop_at)
             if stopped or (
                 remaining
                 and config.checkpoint_every
@@ -252,6 +255,7 @@ class _Trainer:
     def _step(self, batches: Iterator[Batch], count: int) -> None:
         config, progress, position = self.config, self.progress, self._position()
         rate = learning_rate(config.train, position, self.steps_per_epoch)
+        skipped_before = self.data.skipped
         result = self.stepper.step(
             batches,
             count,
@@ -262,6 +266,12 @@ class _Trainer:
             held=self.data.held,
         )
         progress.step += 1
+        signals, skipped = distributed.sum_over_ranks(
+            [float(self.signals.name is not None), float(self.data.skipped - skipped_before)],
+            self.device,
+        )
+        self.asked_to_stop = signals > 0
+        progress.skipped_samples += int(skipped)
         if progress.step % config.search.log_every == 0:
             self._watch_architecture(position)
         for problem in self.data.new_problems():
@@ -295,10 +305,9 @@ class _Trainer:
         if progress.step % LOG_EVERY == 0:
             self._log()
 
-    def _agree_to_stop(self, stop_at: int | None) -> str | None:
+    def _stop_reason(self, stop_at: int | None) -> str | None:
         """What stops all ranks after this step: a signal on any of them, or `stop_at`."""
-        (signals,) = distributed.sum_over_ranks([float(self.signals.name is not None)], self.device)
-        if signals:
+        if self.asked_to_stop:
             return self.signals.name or ANOTHER_RANK
         return "stop_at" if self.progress.step == stop_at else None
 
@@ -364,7 +373,7 @@ class _Trainer:
             "loss": mean,
             "lr": learning_rate(self.config.train, self._position() - 1, self.steps_per_epoch),
             "skipped_steps": progress.skipped_steps,
-            "skipped_samples": self.data.skipped,
+            "skipped_samples": progress.skipped_samples,
             **self.clock.rates(),
         }
         self.recorder.row("train", lambda: row)

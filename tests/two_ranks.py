@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from runs import batches_seen, small_config
+from runs import batches_seen, rows_of, small_config
 from torch import Tensor, nn
 
 from pnfs import distributed, statefile
@@ -33,6 +33,7 @@ from pnfs.checkpoint import list_checkpoints
 from pnfs.commands import eval_command
 from pnfs.config import Config
 from pnfs.data import load_people
+from pnfs.data.samples import SampleMaker
 from pnfs.errors import PnfsError
 from pnfs.evaluation import runner
 from pnfs.model import build_model
@@ -259,6 +260,27 @@ def one_rank_goes_on_as_two(folder: Path) -> None:
         (folder / "seen-by-two.json").write_text(json.dumps(shares))
 
 
+def broken_samples_of_both_ranks_are_counted(folder: Path) -> None:
+    real, broken = SampleMaker.make, 0
+
+    def make(self: SampleMaker, index: int, epoch: int) -> Any:
+        nonlocal broken
+        if self.augment is not None and index < 6:
+            broken += 1
+            raise PnfsError(f"person {index} is broken")
+        return real(self, index, epoch)
+
+    config = small_config(
+        folder / "people", "train.epochs=1", "train.max_skipped_fraction=1", "eval.flip=false"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SampleMaker, "make", make)
+        train(config, folder / "broken", quiet=True)
+    counts = gathered(broken)
+    assert all(counts), counts  # each rank met some
+    assert rows_of(folder / "broken", "train")[-1]["skipped_samples"] == sum(counts)
+
+
 def a_full_disk_is_told_on_both_ranks(folder: Path) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -300,6 +322,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
             a_signal_to_one_rank_stops_both_after_the_same_step,
             a_signal_to_one_rank_ends_the_evaluation_of_both,
             one_rank_goes_on_as_two,
+            broken_samples_of_both_ranks_are_counted,
             a_full_disk_is_told_on_both_ranks,
             a_rank_that_fails_takes_the_other_along,
         )

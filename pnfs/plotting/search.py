@@ -23,7 +23,7 @@ from pnfs.plotting.canvas import Canvas, text_width
 from pnfs.plotting.charts import PLAIN, plain_log_ticks, say_empty, style_axes
 from pnfs.plotting.legend import TRANSFORMS
 from pnfs.plotting.metrics import Series, read_rows, series_of
-from pnfs.plotting.panel import DEAD_EDGE, FRAME, live_cells
+from pnfs.plotting.panel import DEAD_EDGE, FRAME, Place, live_cells
 from pnfs.plotting.style import (
     INK,
     PAPER,
@@ -73,6 +73,11 @@ class Trajectory:
     def height(self) -> float:
         edges = len(self.topology.edges) * (ALPHA_H + 0.08)
         return 2 * PADDING + HEADER_H + self.levels * PITCH_Y + 0.10 + edges + AXIS_H
+
+    @property
+    def live(self) -> frozenset[Place]:
+        """Cells on a path to an output at the end of the search."""
+        return live_cells(self.topology, self.beta[-1], DEAD_BELOW, self.outputs)
 
     @property
     def levels(self) -> int:
@@ -200,7 +205,10 @@ def entropies(weights: Floats) -> Floats:
 
 def _draw_entropies(axes: Axes, panels: Sequence[Trajectory]) -> None:
     for panel in panels:
-        for weights, style in ((panel.alpha, "solid"), (panel.beta, (0, (3, 1.5)))):
+        used = panel.live
+        rows = [c.beta_row for c in panel.topology.cells if (c.layer, c.level) in used]
+        mixes = ((panel.alpha, "solid"), (panel.beta[:, rows], (0, (3, 1.5))))
+        for weights, style in mixes if rows else mixes[:1]:
             axes.plot(
                 panel.steps, entropies(weights), color=panel.colour, linestyle=style, linewidth=1.6
             )
@@ -272,7 +280,7 @@ def _draw_panel(canvas: Canvas, panel: Trajectory, x: float, y: float, height: f
     grid = top + HEADER_H
     for level in range(panel.levels):
         canvas.text(left, grid + (level + 0.5) * PITCH_Y, f"1/{4 << level}", 8.5, bold=True)
-    live = live_cells(panel.topology, panel.beta[-1], DEAD_BELOW, panel.outputs)
+    live = panel.live
     for cell in panel.topology.cells:
         column = cell.layer - panel.topology.first_layer
         corner = (

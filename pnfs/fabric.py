@@ -19,7 +19,7 @@ from pnfs import kernels
 from pnfs.architecture import mixing_weights, new_alpha, new_beta
 from pnfs.config import Profile
 from pnfs.kernels.checks import dense_stacked
-from pnfs.kernels.shared import SharedMap, unshared
+from pnfs.kernels.shared import SharedMap
 from pnfs.liveness import CellPlan, Dropped, FabricPlan, Parts, Place, plan_fabric
 from pnfs.operations import (
     BN_EPS,
@@ -28,7 +28,7 @@ from pnfs.operations import (
     PartConv2d,
     build_branch,
     convolve,
-    normalised,
+    downsample,
     select_parts,
     share_updates,
 )
@@ -72,11 +72,8 @@ class ScaleTransform(nn.Sequential):
         """A neighbour's output → raw map, mean and var (P, C); not for `same`."""
         conv, norm = self
         assert isinstance(conv, PartConv2d) and isinstance(norm, PartBatchNorm2d)
-        return (
-            convolve(x_PNCHW, conv, norm)
-            if self.transform == "up"
-            else normalised(conv(unshared(x_PNCHW)), norm)
-        )
+        read = convolve if self.transform == "up" else downsample
+        return read(x_PNCHW, conv, norm)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of the batch normalisation, (P, C) each."""

@@ -210,6 +210,12 @@ def convolve(
     return y, *norm.statistics(y, mean_y, var_y)
 
 
+def downsample(x: Tensor | SharedMap, conv: PartConv2d, norm: PartBatchNorm2d) -> Normalised:
+    """3×3 convolution with stride 2, and what normalises the result."""
+    y, mean, var = kernels.strided_conv(x, conv.weight, conv.bias, stats=norm.training)
+    return y, *norm.statistics(y, mean, var)
+
+
 def normalised(y: Tensor, norm: PartBatchNorm2d) -> Normalised:
     """A raw map that no kernel of ours produced, and what normalises it."""
     mean, var = kernels.batch_stats(y) if norm.training else (norm.running_mean, norm.running_var)

@@ -20,19 +20,6 @@ constexpr std::int64_t kStreamPixels = 128;
 
 using Size = std::array<std::int64_t, 3>;  // P, pixels of a part, C
 
-// Mean and Σ (x - mean)² per channel of the pixels so far.
-struct Spread {
-  double* mean;
-  double* squares;
-
-  // Adds `count` pixels with their mean and spread to `before` pixels.
-  void merge(double before, std::int64_t c, double count, double other, double other_squares) {
-    const double share = count / (before + count), difference = other - mean[c];
-    mean[c] += share * difference;
-    squares[c] += other_squares + difference * difference * before * share;
-  }
-};
-
 // Of the pixels [at, end) of a part.
 struct UnitSpread {
   const MixKernels& kernels;

@@ -45,6 +45,8 @@ PYBIND11_MODULE(_cpu, module) {
   PNFS_DEF(scale_mix_backward);
   PNFS_DEF(separable_conv);
   PNFS_DEF(separable_conv_backward);
+  PNFS_DEF(strided_conv);
+  PNFS_DEF(strided_conv_backward);
   PNFS_DEF(vector_heatmap);
   PNFS_DEF(vector_heatmap_backward);
   PNFS_DEF(vector_heatmap_loss);

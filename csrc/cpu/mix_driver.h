@@ -244,4 +244,17 @@ inline void finish_gradients(const std::vector<MixTerm>& terms, const float* wei
   }
 }
 
+// Mean and Σ (x - mean)² per channel of the pixels so far.
+struct Spread {
+  double* mean;
+  double* squares;
+
+  // Adds `count` pixels with their mean and spread to `before` pixels.
+  void merge(double before, std::int64_t c, double count, double other, double other_squares) {
+    const double share = count / (before + count), difference = other - mean[c];
+    mean[c] += share * difference;
+    squares[c] += other_squares + difference * difference * before * share;
+  }
+};
+
 }  // namespace pnfs

@@ -103,6 +103,18 @@ void separable_conv(const std::array<Address, 11>& tensors, const std::array<std
 void separable_conv_backward(const std::array<Address, 21>& tensors,
                              const std::array<std::int64_t, 9>& size, double eps, int dtype);
 
+// `tensors`: x, weight, bias, y, mean, var. x and y are of `dtype` and channels-last inside a part; the
+// others are contiguous float32. bias, and mean with var, may be 0. `size`: P, N, C, O, H, W of x,
+// elements from part to part of x. See pnfs/kernels/strided_conv.py.
+void strided_conv(const std::array<Address, 6>& tensors, const std::array<std::int64_t, 7>& size,
+                  int dtype);
+
+// `tensors`: x, weight, y, mean, gy, gmean, gvar, more, and the gradients of x, weight and bias, of
+// which the last may be 0. y, mean, gmean and gvar are 0 where the statistics have no gradient; `more`
+// is 0, or like x without gaps, and added to x's gradient.
+void strided_conv_backward(const std::array<Address, 11>& tensors,
+                           const std::array<std::int64_t, 7>& size, int dtype);
+
 // Stacked maps, channels-last inside a part; `size` is P, pixels of a part, C, and parts lie
 // `part_stride` elements apart. Small tensors are contiguous float32. Of `maps`, the first has no
 // statistics where there is one more than `means`. See pnfs/kernels/mixed_sum.py.

@@ -18,6 +18,7 @@ from pnfs.kernels.registry import dispatch, explain, ops, use_backend
 from pnfs.kernels.scale_mix import scale_mix
 from pnfs.kernels.separable_conv import separable_conv
 from pnfs.kernels.shared import SharedMap
+from pnfs.kernels.strided_conv import strided_conv
 from pnfs.kernels.vector_heatmap import vector_heatmap
 from pnfs.kernels.vector_heatmap_loss import vector_heatmap_loss
 
@@ -37,6 +38,7 @@ __all__ = [
     "ops",
     "scale_mix",
     "separable_conv",
+    "strided_conv",
     "use_backend",
     "vector_heatmap",
     "vector_heatmap_loss",

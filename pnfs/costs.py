@@ -7,6 +7,7 @@ size. Every call that reaches PyTorch's dispatcher is seen, whichever module or 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import sys
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from pnfs.config import ModelConfig, list_presets, load_config
 from pnfs.errors import PnfsError
 from pnfs.head import pose_loss
+from pnfs.kernels import native
 from pnfs.kernels.registry import OpCost, op_costs
 from pnfs.model import build_model
 
@@ -73,6 +75,14 @@ class ModuleCosts:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """Launches and bytes of all calls of one name."""
+
+    launches: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Costs:
     """Costs of one model at one input size.
 
@@ -86,6 +96,7 @@ class Costs:
         bytes: read and written by these calls in one step, every tensor once per call and per
             direction, elements that a broadcast repeats counted once.
         modules: top-level sub-module -> its share of `params` and `conv_macs`.
+        calls: name of a torch op -> its share of `launches` and `bytes`.
     """
 
     params: int
@@ -94,6 +105,7 @@ class Costs:
     launches: int
     bytes: int
     modules: Mapping[str, ModuleCosts] = field(hash=False)
+    calls: Mapping[str, Traffic] = field(hash=False)
 
 
 def count_costs(
@@ -113,18 +125,23 @@ def count_costs(
         batch: images per step; scales `launches` and `bytes`, not `conv_macs`.
         mode: `eval` is a forward pass without gradients; `train` is forward, loss and backward to
             every parameter (no optimiser step).
-        device: `cpu` or `cuda`, whose backends are counted; `use_backend` is obeyed.
+        device: `cpu` or `cuda`, whose backends are counted; `use_backend` is obeyed. Without a GPU
+            `cuda` counts the Triton kernels that one would run.
 
     Raises:
-        PnfsError: unknown mode, a size or batch that is not positive, `cuda` without a GPU.
+        PnfsError: unknown mode or device, a size or batch that is not positive.
     """
     if mode not in ("eval", "train"):
         raise PnfsError(f"count_costs: mode '{mode}' is unknown; use eval or train")
     if batch < 1 or min(size) < 1:
         raise PnfsError(f"count_costs: batch {batch} and size {tuple(size)} must be positive")
-    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
-        raise PnfsError(f"count_costs: device '{device}' is not available here; use cpu")
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    if device not in ("cpu", "cuda"):
+        raise PnfsError(f"count_costs: device '{device}' is unknown; use cpu or cuda")
+    with contextlib.ExitStack() as stack:
+        if device == "cuda" and not torch.cuda.is_available():
+            device = "cpu"  # of tensors without memory
+            stack.enter_context(native.gpu_assumed())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         hollow = _hollow_copy(model, device).train(mode == "train")
         images = torch.empty(batch, 3, *size, device=device, memory_format=torch.channels_last)
         counter = _Counter(hollow)
@@ -188,6 +205,7 @@ class _Counter(TorchDispatchMode):
         self.forward = True  # multiply-adds and used parameters are those of the forward pass
         self.launches = 0
         self.bytes = 0
+        self.calls: dict[str, Traffic] = {}
         self.macs: dict[str, int] = {}
         self.used: set[int] = set()
         self.parameters = {_memory(p): (name, p) for name, p in model.named_parameters()}
@@ -217,8 +235,11 @@ class _Counter(TorchDispatchMode):
         else:
             cost = OpCost(conv_macs=_conv_macs(name, args, results[0]) if results else 0)
         moved = sum(_touched_bytes(x) for x in (*read, *results))
+        moved = (moved if cost.bytes is None else cost.bytes) + cost.scratch
         self.launches += cost.launches
-        self.bytes += (moved if cost.bytes is None else cost.bytes) + cost.scratch
+        self.bytes += moved
+        known = self.calls.get(name, Traffic(0, 0))
+        self.calls[name] = Traffic(known.launches + cost.launches, known.bytes + moved)
         if self.forward and cost.conv_macs:
             owner = self._owner(inputs)
             self.macs[owner] = self.macs.get(owner, 0) + cost.conv_macs
@@ -252,6 +273,7 @@ class _Counter(TorchDispatchMode):
                 owner: ModuleCosts(sizes.get(owner, 0), self.macs.get(owner, 0) // batch)
                 for owner in dict.fromkeys((*sizes, *self.macs))
             },
+            calls=self.calls,
         )
 
 

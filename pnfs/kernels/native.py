@@ -150,14 +150,19 @@ _gpu_assumed = False
 
 @contextmanager
 def gpu_assumed() -> Iterator[None]:
-    """Inside, Triton kernels count as runnable on tensors of any device: for callers that look at
-    launches and make none."""
+    """Inside, Triton kernels count as runnable on tensors of any device, and `auto` chooses as on a
+    GPU: for callers that look at launches and make none."""
     global _gpu_assumed
     before, _gpu_assumed = _gpu_assumed, True
     try:
         yield
     finally:
         _gpu_assumed = before
+
+
+def device_for_auto(device: str) -> str:
+    """The device type that `auto` chooses a backend for, with tensors on `device`."""
+    return "cuda" if _gpu_assumed else device
 
 
 def triton_interpreted() -> bool:

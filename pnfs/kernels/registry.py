@@ -116,7 +116,7 @@ class Op:
         """
         wanted = _wanted(self.name)
         if wanted == "auto":
-            device = device_type(args)
+            device = native.device_for_auto(device_type(args))
             for backend in self.backends:
                 if backend in AUTO.get(device, ()) and self.verdict(backend, args)[0]:
                     return backend

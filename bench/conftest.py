@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -22,6 +23,15 @@ def pytest_addoption(parser: Any) -> None:
         action="store_true",
         help="compare whole networks with torch.compile too, which takes minutes",
     )
+    parser.addoption(
+        "--repetitions",
+        type=int,
+        default=0,
+        help="in place of timing, run every case this often and compare the results bit for bit",
+    )
+    parser.addoption(
+        "--results", type=Path, default=harness.RESULTS, help="the folder that the JSON goes into"
+    )
 
 
 def pytest_configure() -> None:
@@ -34,10 +44,16 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def measure(benchmark: Any) -> Callable[[harness.Case], harness.Result | None]:
+def measure(benchmark: Any, request: Any) -> Callable[[harness.Case], harness.Result | None]:
     """Call it with a `harness.Case`: checks the output, times it, records the result."""
+    times = request.config.getoption("repetitions")
 
     def run(case: harness.Case) -> harness.Result | None:
+        if times:
+            benchmark(lambda: None)
+            differing = harness.differing(case.call, times)
+            assert not differing, f"{differing} of {times} results differ from the first"
+            return None
         result = harness.measure(case, benchmark, _roofs)
         if result is not None:
             _results.append(result)
@@ -46,11 +62,12 @@ def measure(benchmark: Any) -> Callable[[harness.Case], harness.Result | None]:
     return run
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     if not _results:
         return
     devices = {result.device for result in _results}
-    paths = harness.save(_results, {device: _roofs(device) for device in devices})
+    roofs = {device: _roofs(device) for device in devices}
+    paths = harness.save(_results, roofs, config.getoption("results"))
     terminalreporter.section("results")
     for line in [*harness.table(_results), *(f"written: {path}" for path in paths)]:
         terminalreporter.write_line(line)

@@ -234,6 +234,20 @@ def distance_of(output: Any, want: Any) -> float:
     return float(torch.stack(ratios).max())  # NaN if one is
 
 
+def differing(call: Callable[[], Any], times: int) -> int:
+    """How many of `times` results differ in any bit from the first one."""
+    first, wrong = [tensor.clone() for tensor in _tuple(call())], 0
+    while times > 0:
+        count = min(times, 50)  # looking at a comparison waits for the device
+        same = [
+            torch.stack([torch.eq(a, b).all() for a, b in zip(first, _tuple(call()), strict=True)])
+            for _ in range(count)
+        ]
+        wrong += sum(not flags.all() for flags in torch.stack(same))
+        times -= count
+    return wrong
+
+
 def refuse_wrong(case: Case, way: str, error: float, tolerance: float) -> None:
     """
     Raises:
@@ -300,6 +314,16 @@ def measure_roofs(device: str) -> Roofs:
     return Roofs(bytes=2 * source.nbytes / copy, flops=flops)
 
 
+def rates(bytes_: int, flops: int, seconds: float, roofs: Roofs) -> dict[str, float]:
+    """The fields of `Result` that say how near a call comes to the roofs."""
+    return {
+        "gb_s": bytes_ / seconds / 1e9,
+        "percent_of_copy": 100 * bytes_ / seconds / roofs.bytes,
+        "gflop_s": flops / seconds / 1e9,
+        "percent_of_fma": 100 * flops / seconds / roofs.flops,
+    }
+
+
 def spread(seconds: list[float]) -> Spread:
     ordered = sorted(second * 1e6 for second in seconds)
     fifth = len(ordered) // 5
@@ -343,7 +367,6 @@ def measure(case: Case, benchmark: Any, roofs: Callable[[str], Roofs]) -> Result
     )
     seconds = [second / rounds["ours"].count for second in benchmark.stats.stats.data]
     roof = roofs(case.device)
-    bytes_rate, flops_rate = (n / statistics.median(seconds) for n in (case.bytes, case.flops))
     result = Result(
         op=case.op,
         case=case.name,
@@ -351,10 +374,7 @@ def measure(case: Case, benchmark: Any, roofs: Callable[[str], Roofs]) -> Result
         device=case.device,
         time=spread(seconds),
         error=error,
-        gb_s=bytes_rate / 1e9,
-        percent_of_copy=100 * bytes_rate / roof.bytes,
-        gflop_s=flops_rate / 1e9,
-        percent_of_fma=100 * flops_rate / roof.flops,
+        **rates(case.bytes, case.flops, statistics.median(seconds), roof),
         images=case.images,
         peak_mib=peak,
         traffic=traffic,
@@ -387,28 +407,37 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save(results: list[Result], roofs: dict[str, Roofs]) -> list[Path]:
-    """Write bench/results/<device>-<torch>-<commit>.json per device; rows of an earlier run under
-    the same key stay unless measured again."""
+def describe(device: str, roofs: Roofs) -> dict[str, Any]:
+    """What a results file says about where its rows come from."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "copy_gb_s": roofs.bytes / 1e9,
+        "fma_gflop_s": roofs.flops / 1e9,
+    }
+
+
+def file_name(content: dict[str, Any]) -> str:
+    """<device>-<torch>-<commit>.json."""
+    key = f"{content['device']}-{torch.__version__}-{content['commit']}"
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', key).lower()}.json"
+
+
+def save(results: list[Result], roofs: dict[str, Roofs], folder: Path = RESULTS) -> list[Path]:
+    """Write a file per device into `folder`; rows of an earlier run under the same name stay unless
+    measured again."""
     paths = []
     for device in sorted({result.device for result in results}):
-        name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-        key = f"{name}-{torch.__version__}-{commit()}"
-        path = RESULTS / f"{re.sub(r'[^A-Za-z0-9.]+', '-', key).lower()}.json"
+        content = describe(device, roofs[device])
+        path = folder / file_name(content)
         rows = {(r.op, r.case, r.backend): asdict(r) for r in results if r.device == device}
         if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))["results"]
             rows = {(r["op"], r["case"], r["backend"]): r for r in old} | rows
-        content = {
-            "device": name,
-            "threads": torch.get_num_threads(),
-            "versions": versions(),
-            "commit": commit(),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "copy_gb_s": roofs[device].bytes / 1e9,
-            "fma_gflop_s": roofs[device].flops / 1e9,
-            "results": [rows[key] for key in sorted(rows)],
-        }
+        content["results"] = [rows[key] for key in sorted(rows)]
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         paths.append(path)

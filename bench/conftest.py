@@ -30,7 +30,7 @@ def pytest_addoption(parser: Any) -> None:
         help="in place of timing, run every case this often and compare the results bit for bit",
     )
     parser.addoption(
-        "--results", type=Path, default=harness.RESULTS, help="the folder that the JSON goes into"
+        "--results", type=Path, help="the folder that the JSON goes into; default bench/results"
     )
 
 

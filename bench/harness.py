@@ -426,10 +426,10 @@ def file_name(content: dict[str, Any]) -> str:
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', key).lower()}.json"
 
 
-def save(results: list[Result], roofs: dict[str, Roofs], folder: Path = RESULTS) -> list[Path]:
-    """Write a file per device into `folder`; rows of an earlier run under the same name stay unless
-    measured again."""
-    paths = []
+def save(results: list[Result], roofs: dict[str, Roofs], folder: Path | None = None) -> list[Path]:
+    """Write a file per device into `folder`, bench/results by default; rows of an earlier run under
+    the same name stay unless measured again."""
+    folder, paths = folder or RESULTS, []
     for device in sorted({result.device for result in results}):
         content = describe(device, roofs[device])
         path = folder / file_name(content)

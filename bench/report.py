@@ -19,6 +19,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import prediction
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
@@ -33,6 +34,8 @@ def newest(folder: Path) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("dry_run"):
+            continue
         known = found.get(content["device"])
         if known is None or known["date"] < content["date"]:
             found[content["device"]] = content
@@ -185,8 +188,11 @@ the multiply-adds where folding has made some needless. The heap is kept for eve
 """
 
 
-def write_report(results: Path = RESULTS, docs: Path = DOCS) -> Path:
+def write_report(results: Path = RESULTS, docs: Path = DOCS, *, predicted: bool = True) -> Path:
     """Write docs/performance.md and its charts; returns its path.
+
+    Args:
+        predicted: with a section of `prediction.py`.
 
     Raises:
         SystemExit: there is no result.
@@ -198,6 +204,8 @@ def write_report(results: Path = RESULTS, docs: Path = DOCS) -> Path:
     lines = [HEAD]
     for content in contents:
         lines += section(content, docs / "images")
+    if predicted:
+        lines += prediction.lines(contents)
     path = docs / "performance.md"
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return path

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -95,6 +96,8 @@ class Costs:
             GPU each is at least one kernel.
         bytes: read and written by these calls in one step, every tensor once per call and per
             direction, elements that a broadcast repeats counted once.
+        saved: bytes that the forward pass keeps for the backward pass, weights and images left out;
+            0 in `eval`.
         modules: top-level sub-module -> its share of `params` and `conv_macs`.
         calls: name of a torch op -> its share of `launches` and `bytes`.
     """
@@ -104,6 +107,7 @@ class Costs:
     conv_macs: int
     launches: int
     bytes: int
+    saved: int
     modules: Mapping[str, ModuleCosts] = field(hash=False)
     calls: Mapping[str, Traffic] = field(hash=False)
 
@@ -181,17 +185,21 @@ def _hollow_copy(model: nn.Module, device: str) -> nn.Module:
 
 
 def _train_step(model: nn.Module, images: Tensor, counter: _Counter) -> None:
+    """Forward, loss and backward; what is saved is looked at in between."""
     config = getattr(model, "config", None)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    keeping = saved_tensors_hooks(counter.keep, lambda tensor: tensor)
     if isinstance(config, ModelConfig):
         shape = (len(images), config.skeleton_table.num_keypoints)
         joints = torch.empty(*shape, 2, device=images.device)
         weights = torch.empty(shape, device=images.device)
-        with counter:
+        with counter, keeping:
             loss = pose_loss(model, images, joints, weights, sigma=2.0)
     else:
-        with counter:
+        with counter, keeping:
             loss = torch.stack([output.sum() for output in tree_leaves(model(images))]).sum()
+    for tensor in (*model.parameters(), *model.buffers(), images):
+        counter.kept.pop(_memory(tensor), None)
     counter.forward = False
     with counter:
         torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -205,6 +213,7 @@ class _Counter(TorchDispatchMode):
         self.forward = True  # multiply-adds and used parameters are those of the forward pass
         self.launches = 0
         self.bytes = 0
+        self.kept: dict[int, Tensor] = {}  # by memory: what autograd saves
         self.calls: dict[str, Traffic] = {}
         self.macs: dict[str, int] = {}
         self.used: set[int] = set()
@@ -252,7 +261,13 @@ class _Counter(TorchDispatchMode):
                 return self.parameters[_memory(x)][0].split(".")[0]
         return ""
 
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A hook on what autograd saves."""
+        self.kept.setdefault(_memory(tensor), tensor)
+        return tensor
+
     def costs(self, batch: int) -> Costs:
+        saved = sum(tensor.untyped_storage().nbytes() for tensor in self.kept.values())
         sizes = dict.fromkeys(self.owners, 0)
         architecture = total = 0
         for memory in self.used:
@@ -269,6 +284,7 @@ class _Counter(TorchDispatchMode):
             conv_macs=sum(self.macs.values()) // batch,
             launches=self.launches,
             bytes=self.bytes,
+            saved=saved,
             modules={
                 owner: ModuleCosts(sizes.get(owner, 0), self.macs.get(owner, 0) // batch)
                 for owner in dict.fromkeys((*sizes, *self.macs))

@@ -230,3 +230,14 @@ def test_table_of_presets() -> None:
         "| mobilenet-p3-d8 | 256×256 | 2,894,880 | 1,249,841,152 | 3.3M / 1.2G |",
         "| tiny | 128×96 | 658,040 | 76,600,320 | – |",
     ]
+
+
+def test_training_keeps_less_for_the_backward_pass_than_plain_modules() -> None:
+    """At most 0.6 times the 220 MB an image that `bench/plain_model.py` keeps by the same count."""
+    model, batch = hollow_preset("ours-1"), 8
+    saved = count_costs(model, (256, 192), batch, "train").saved
+    with kernels.use_backend("torch"):
+        reference = count_costs(model, (256, 192), batch, "train").saved
+    assert reference == pytest.approx(286e6 * batch, rel=0.01)
+    assert saved < 0.6 * 220e6 * batch
+    assert count_costs(model, (256, 192), batch).saved == 0

@@ -38,7 +38,7 @@ INFRASTRUCTURE = {
         "test_triton_compile",
         "test_triton_interpreter",
     },
-    "bench": {"conftest", "harness", "plain_model", "report", "gpu", "whole_models"},
+    "bench": {"conftest", "harness", "plain_model", "prediction", "report", "gpu", "whole_models"},
 }
 WHOLE_SYSTEM_BENCHES = {"bench_train", "bench_predict"}
 VARIANTS = ("_avx512", "_avx2", "_portable")  # of one op's source, by instruction set

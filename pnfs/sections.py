@@ -49,6 +49,9 @@ class DataConfig(Section):
     profile: EvalProfile = "standard"  # colours and box rules, as in `eval.profile`
     sigma: float = Field(2.0, gt=0)  # of the Gaussian target, in score-map pixels
     workers: int = Field(2, ge=0, le=64)
+    cache: str | None = None  # folder that keeps training people decoded from the first epoch on
+    cache_gb: float = Field(32.0, gt=0)  # 10⁹ bytes that the cache may take
+    reduced_decode: bool = False  # training decodes JPEGs of large people at 1/2, 1/4 or 1/8
     augment: AugmentConfig = AugmentConfig()
     synthetic: SyntheticConfig = SyntheticConfig()
 

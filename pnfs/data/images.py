@@ -16,6 +16,14 @@ _END_OF_IMAGE, _STANDS_ALONE = 0xD9, 0x01
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 
 
+_COLOR = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+
+
 def read_image(path: str | Path, *, apply_exif: bool) -> np.ndarray:
     """Read an image file as uint8 (H, W, 3), blue-green-red.
 
@@ -29,23 +37,47 @@ def read_image(path: str | Path, *, apply_exif: bool) -> np.ndarray:
     Raises:
         PnfsError: the file is missing, empty, truncated or not an image; one line with the reason.
     """
+    return decode_image(_read_bytes(path), str(path), apply_exif=apply_exif)
+
+
+def read_reduced(path: str | Path, reduction: int) -> tuple[np.ndarray, int]:
+    """Read an image file in stored order, and a JPEG at 1/`reduction` of its size, rounded up.
+
+    A JPEG decoder reduces each block of 8×8 pixels by itself, so that pixel i of the result lies
+    where the pixels r·i … r·i + r - 1 were. Other formats are read whole: reducing saves nothing.
+
+    Args:
+        reduction: 1, 2, 4 or 8.
+
+    Returns:
+        uint8 (h, w, 3), blue-green-red, and the reduction that was made.
+
+    Raises:
+        PnfsError: as `read_image`.
+    """
+    data = _read_bytes(path)
+    reduction = reduction if data.startswith(_JPEG) else 1
+    image = decode_image(data, str(path), apply_exif=False, reduction=reduction)
+    return image, reduction
+
+
+def _read_bytes(path: str | Path) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise PnfsError(f"{path}: image is missing; check the path") from None
     except OSError as error:
         raise PnfsError(
             f"{path}: image cannot be read ({error.strerror}); check the path"
         ) from None
-    return decode_image(data, str(path), apply_exif=apply_exif)
 
 
-def decode_image(data: bytes, name: str, *, apply_exif: bool) -> np.ndarray:
+def decode_image(data: bytes, name: str, *, apply_exif: bool, reduction: int = 1) -> np.ndarray:
     """`read_image` for bytes in memory; `name` stands for the file in errors."""
     problem = _damage(data)
     if problem:
         raise PnfsError(f"{name}: image {problem}; fetch or write it again")
-    flags = cv2.IMREAD_COLOR if apply_exif else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = _COLOR[reduction] | (0 if apply_exif else cv2.IMREAD_IGNORE_ORIENTATION)
     log = cv2.utils.logging
     level = log.setLogLevel(
         log.LOG_LEVEL_SILENT

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pnfs.config import Config
 from pnfs.data.batch import Batch, Sample, collate
+from pnfs.data.cropcache import CropCache
 from pnfs.data.records import PeopleDataset
 from pnfs.data.samples import SampleMaker
 from pnfs.errors import PnfsError
@@ -310,7 +311,8 @@ def make_loader(
     """Batches of `dataset`, ready to iterate.
 
     Training uses `data.profile`, `data.augment` and `train.batch_size`, and leaves broken samples
-    out; evaluation uses `eval.profile` and `eval.batch_size`, and stops at the first broken one.
+    out, keeps decoded people in `data.cache` and obeys `data.reduced_decode`; evaluation uses
+    `eval.profile` and `eval.batch_size`, and stops at the first broken one.
 
     Args:
         seed: of order and augmentation; default `train.seed`.
@@ -319,7 +321,8 @@ def make_loader(
             An epoch has as many batches as with all people.
 
     Raises:
-        PnfsError: fewer people than processes, or too many broken annotations.
+        PnfsError: fewer people than processes, too many broken annotations, or a `data.cache` that
+            cannot be written.
     """
     if train and len(dataset) < world:
         raise PnfsError(
@@ -332,6 +335,8 @@ def make_loader(
         cfg.data.profile if train else cfg.eval.profile,
         cfg.data.augment if train else None,
         seed,
+        cache=CropCache(cfg.data.cache, cfg.data.cache_gb) if train and cfg.data.cache else None,
+        reduced=train and cfg.data.reduced_decode,
     )
     batch_size = cfg.train.batch_size if train else cfg.eval.batch_size
     chosen = None if half is None else split_half(dataset, half, cfg.search.seed)

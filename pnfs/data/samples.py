@@ -8,18 +8,23 @@ import numpy as np
 
 from pnfs.config import AugmentConfig, EvalProfile
 from pnfs.data.batch import Sample
-from pnfs.data.images import read_image
+from pnfs.data.cropcache import CropCache
+from pnfs.data.images import read_image, read_reduced
 from pnfs.data.records import PeopleDataset
 from pnfs.data.transforms import (
+    REDUCTIONS,
     Augmentation,
+    Region,
     apply_affine,
     compose,
+    crop_limits,
     crop_matrix,
     half_body,
     invert_affine,
     joint_weights,
     mirror_matrix,
     person_center_scale,
+    reduced_affine,
     sample_augmentation,
 )
 from pnfs.errors import PnfsError
@@ -35,6 +40,9 @@ class SampleMaker:
         size: (H, W) of the network's input.
         augment: None for evaluation.
         seed: of the augmentation; sample `index` of `epoch` looks the same whoever makes it.
+        cache: of decoded pixels; samples are the same with and without.
+        reduced: whether JPEGs are decoded at a fraction of their size where that leaves a pixel or
+            more for each pixel of the input under every augmentation.
     """
 
     paths: tuple[str, ...]
@@ -46,6 +54,8 @@ class SampleMaker:
     profile: EvalProfile
     augment: AugmentConfig | None
     seed: int
+    cache: CropCache | None = None
+    reduced: bool = False
 
     @classmethod
     def of(
@@ -55,6 +65,9 @@ class SampleMaker:
         profile: EvalProfile,
         augment: AugmentConfig | None,
         seed: int,
+        *,
+        cache: CropCache | None = None,
+        reduced: bool = False,
     ) -> SampleMaker:
         aspect = size[1] / size[0]
         crops = [person_center_scale(person, aspect, profile) for person in dataset.people]
@@ -68,6 +81,8 @@ class SampleMaker:
             profile=profile,
             augment=augment,
             seed=seed,
+            cache=cache,
+            reduced=reduced,
         )
 
     def __len__(self) -> int:
@@ -79,12 +94,12 @@ class SampleMaker:
         Raises:
             PnfsError: the image is missing or damaged, or the crop misses it.
         """
-        image = read_image(self.paths[index], apply_exif=False)
         keypoints = self.keypoints[index]
         matrix, flip = self._crop(index, epoch)
         inverse = invert_affine(matrix)
-        cut = cut_out(image, inverse, self.size)
+        cut = self._cut(index, inverse)
         if cut is None:
+            image = read_image(self.paths[index], apply_exif=False)
             center = np.round(self.centers[index], 1).tolist()
             raise PnfsError(
                 f"{self.paths[index]}: the box around {center} lies outside the "
@@ -109,6 +124,48 @@ class SampleMaker:
             index=index,
         )
 
+    def _cut(self, index: int, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """`cut_out` of the person's image, which is decoded only if the cache lacks the person."""
+        path, key, reduction = self.paths[index], None, 1
+        if self.cache is not None or self.reduced:
+            region, reduction = self._limits(index)
+        if self.cache is not None and (key := self.cache.key(path, region, reduction)):
+            entry = self.cache.find(key)
+            if entry is not None:
+                with entry:
+                    place = entry.place
+                    warp = reduced_affine(inverse, place.reduction)
+                    image_size = place.image_height, place.image_width
+                    touched = touched_region(warp, self.size, image_size)
+                    if touched is None:
+                        return None
+                    crop = entry.read(touched)
+                if crop is not None:
+                    return crop, _shifted(warp, touched)
+        image, reduction = read_reduced(path, reduction)
+        if self.cache is not None and key:
+            self.cache.store(key, image, region, reduction)
+        return cut_out(image, reduced_affine(inverse, reduction), self.size)
+
+    def _limits(self, index: int) -> tuple[Region, int]:
+        """Where all crops of a person lie, and by how much its image may be reduced."""
+        crops = [(self.centers[index], self.scales[index])]
+        if self.augment is not None and self.augment.half_body_probability > 0:
+            crops += filter(None, (self._half_body(index, half) for half in ("upper", "lower")))
+        limits = [
+            crop_limits(center, scale, self.size, self.augment, self.profile)
+            for center, scale in crops
+        ]
+        lefts, tops, rights, bottoms = zip(*(region for region, _ in limits), strict=True)
+        step = min(step for _, step in limits)
+        fitting = (r for r in REDUCTIONS if self.reduced and r <= step)
+        return (min(lefts), min(tops), max(rights), max(bottoms)), next(fitting, 1)
+
+    def _half_body(self, index: int, first: str) -> tuple[np.ndarray, np.ndarray] | None:
+        assert self.augment is not None
+        aspect, least = self.size[1] / self.size[0], self.augment.half_body_min_keypoints
+        return half_body(self.keypoints[index], self.skeleton, aspect, first, least)
+
     def _crop(self, index: int, epoch: int) -> tuple[np.ndarray, bool]:
         """The affine image pixel -> network-input pixel without mirroring; whether to mirror."""
         center, scale, drawn = self.centers[index], self.scales[index], Augmentation()
@@ -116,13 +173,7 @@ class SampleMaker:
             generator = np.random.default_rng([self.seed, epoch, index])
             drawn = sample_augmentation(generator, self.augment, self.profile)
             if drawn.half_body is not None:
-                half = half_body(
-                    self.keypoints[index],
-                    self.skeleton,
-                    self.size[1] / self.size[0],
-                    drawn.half_body,
-                    self.augment.half_body_min_keypoints,
-                )
+                half = self._half_body(index, drawn.half_body)
                 center, scale = half if half is not None else (center, scale)
         return crop_matrix(center, scale * drawn.factor, drawn.rotation, self.size), drawn.flip
 
@@ -145,12 +196,17 @@ def cut_out(
     if region is None:
         return None
     left, top, right, bottom = region
-    return image[top:bottom, left:right], inverse - np.array([[0, 0, left], [0, 0, top]])
+    return image[top:bottom, left:right], _shifted(inverse, region)
+
+
+def _shifted(inverse: np.ndarray, region: Region) -> np.ndarray:
+    """An affine to image pixels as one to the pixels of a region."""
+    return inverse - np.array([[0, 0, region[0]], [0, 0, region[1]]])
 
 
 def touched_region(
     inverse: np.ndarray, size: tuple[int, int], image_size: tuple[int, int]
-) -> tuple[int, int, int, int] | None:
+) -> Region | None:
     """Left, top, right, bottom (exclusive) of the image region that a bilinear warp reads.
 
     Args:

@@ -17,6 +17,8 @@ from pnfs.skeleton import Skeleton
 
 PIXEL_STD = 200.0
 PADDING = 1.25
+Region = tuple[int, int, int, int]  # left, top, right, bottom (exclusive) in pixels
+REDUCTIONS = (8, 4, 2)  # of JPEG decoders, the coarsest first
 _GROWTH = 5.0  # px around the labelled joints, profile `posenfs`
 _HALF_BODY_PADDING = 1.5
 
@@ -101,6 +103,54 @@ def crop_matrix(
     linear = np.array([[cos, sin], [-sin, cos]])
     shift = np.array([width / 2, height / 2]) - linear @ np.asarray(center, np.float64)
     return np.concatenate([linear, shift[:, None]], axis=1)
+
+
+def crop_limits(
+    center: np.ndarray,
+    scale: np.ndarray,
+    size: tuple[int, int],
+    augment: AugmentConfig | None,
+    profile: EvalProfile,
+) -> tuple[Region, float]:
+    """What the crops of one centre and scale can reach under every augmentation.
+
+    Args:
+        center, scale, size: as for `crop_matrix`.
+        augment: None for none.
+
+    Returns:
+        The image pixels between which all corners of the crops lie, which may be beyond the image;
+        and the image pixels from one network-input pixel to the next in the closest crop.
+    """
+    smallest, largest, rotation = 1.0, 1.0, 0.0
+    if augment is not None:
+        smallest, largest = 1 - augment.scale, 1 + augment.scale
+        if profile == "posenfs":
+            smallest, largest = 1 / largest, 1 / smallest
+        if augment.rotation_probability > 0:
+            rotation = np.deg2rad(min(2 * augment.rotation, 90.0))
+    height, width = size
+    step = float(scale[0]) * PIXEL_STD / width
+    x, y = step * largest * width / 2, step * largest * height / 2
+    # a cos + b sin grows until the angle whose tangent is b / a.
+    reach = np.array([
+        a * np.cos(angle) + b * np.sin(angle)
+        for a, b in ((x, y), (y, x))
+        for angle in (min(rotation, np.arctan2(b, a)),)
+    ])  # fmt: skip
+    left, top = np.floor(center - reach).astype(int).tolist()
+    right, bottom = np.ceil(center + reach).astype(int).tolist()
+    return (left, top, right, bottom), step * smallest
+
+
+def reduced_affine(inverse: np.ndarray, reduction: int) -> np.ndarray:
+    """Network-input pixel -> pixel of the reduced image, from (2, 3) -> pixel of the whole image.
+
+    Pixel i of the reduced image is the mean of pixels r·i … r·i + r - 1, so its centre lies at
+    r·i + (r - 1)/2.
+    """
+    shift = np.array([[0, 0, (reduction - 1) / 2]] * 2)
+    return (inverse - shift) / reduction
 
 
 def invert_affine(matrix: np.ndarray) -> np.ndarray:

@@ -118,7 +118,9 @@ def stages(dry: bool, folder: Path) -> list[Stage]:
     benches += ["--benchmark-disable", "-k", "mixed_sum"] if dry else ["-k", "cuda or triton"]
     repeated = ["--repetitions", "3" if dry else "10000", "--results", str(folder)]
     repeated += ["-k", "mixed_sum" if dry else "cuda or triton"]
-    ignored = [f"--ignore=bench/{name}.py" for name in ("bench_train", "bench_predict")]
+    ignored = [
+        f"--ignore=bench/{name}.py" for name in ("bench_train", "bench_predict", "bench_loader")
+    ]
     return [
         Stage("build", build, 150),
         Stage("kernel tests", [*pytest, *tests], 170),

@@ -40,7 +40,7 @@ INFRASTRUCTURE = {
     },
     "bench": {"conftest", "harness", "plain_model", "prediction", "report", "gpu", "whole_models"},
 }
-WHOLE_SYSTEM_BENCHES = {"bench_train", "bench_predict"}
+WHOLE_SYSTEM_BENCHES = {"bench_train", "bench_predict", "bench_loader"}
 VARIANTS = ("_avx512", "_avx2", "_portable")  # of one op's source, by instruction set
 
 

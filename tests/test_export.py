@@ -89,6 +89,7 @@ def test_a_pruned_model_is_exported_smaller(tmp_path: Path) -> None:
     assert less < whole
 
 
+@pytest.mark.slow
 def test_a_program_of_torch_export_runs_without_this_package(tmp_path: Path) -> None:
     model = model_of("every operation, hidden 2, parts that overlap")
     assert export_program(model, tmp_path / "model.pt2").error < 1e-5

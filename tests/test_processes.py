@@ -137,6 +137,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_stops_and_resumes(tmp_path: Path) -> None:
     """Rank 0 is killed and torchrun starts both anew; torchrun is told to end; one process ends."""
     settings = ["train.epochs=12", "train.eval_every=0", "train.checkpoint_every=1"]

@@ -6,6 +6,7 @@
 // them for a stride of 2; so a pixel of x gathers from its neighbours like a convolution's.
 #pragma once
 
+#include "core/stencils.h"
 #include "cpu/depthwise_fanout.h"
 #include "cpu/rows.h"
 
@@ -69,13 +70,6 @@ struct WindowRows {
   }
 };
 
-// 1 / (pixels of the window at (y, x) that lie in the image).
-float average_weight(const FanoutShape& shape, std::int64_t y, std::int64_t x) {
-  const std::int64_t rows = 3 - (y == 0) - (y == shape.h - 1);
-  const std::int64_t columns = 3 - (x == 0) - (x == shape.w - 1);
-  return 1.0f / static_cast<float>(rows * columns);
-}
-
 // A NaN wins, and of several the last, as in torch.
 PNFS_INLINE IntVec wins(Vec value, Vec best) { return (value > best) | (value != value); }
 
@@ -84,7 +78,7 @@ void average_row(const FanoutShape& shape, const FanoutSizes& sizes, const Ring&
   const float* row[3];
   for (int i = 0; i < 3; ++i) row[i] = z.padded(y + i - 1) + (sizes.border - 1) * sizes.step;
   for (std::int64_t x = 0; x < shape.w; x += shape.stride) {
-    const Vec weight = fill(average_weight(shape, y, x));
+    const Vec weight = fill(average_weight(shape.h, shape.w, y, x));
     for (std::int64_t channel = 0; channel < sizes.c; channel += kWidth) {
       Vec sum = {};
 #pragma GCC unroll 3
@@ -185,7 +179,7 @@ void load_gradient_row(const FanoutShape& shape, const FanoutSizes& sizes,
   const T* value = shape.stats ? static_cast<const T*>(stencil.y) + at : nullptr;
   for (std::int64_t x = 0; x < shape.w; x += shape.stride) {
     const Vec weight =
-        fill(stencil.kind == kAveragePool ? average_weight(shape, y, x) : 1.0f);
+        fill(stencil.kind == kAveragePool ? average_weight(shape.h, shape.w, y, x) : 1.0f);
     for (std::int64_t channel = 0; channel < sizes.c; channel += kWidth) {
       const Vec v = whole_gradient(shape.stats, stencil.add, stencil.times, value, gy, channel,
                                    shape.c);

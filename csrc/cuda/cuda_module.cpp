@@ -10,5 +10,8 @@ PYBIND11_MODULE(_cuda, module) {
 #define PNFS_DEF(name) \
   module.def(#name, &pnfs::name, pybind11::call_guard<pybind11::gil_scoped_release>())
   PNFS_DEF(crop_normalize);
+  PNFS_DEF(depthwise_fanout);
+  PNFS_DEF(depthwise_fanout_backward);
+  PNFS_DEF(depthwise_fanout_scratch);
   PNFS_DEF(oks_nms);
 }

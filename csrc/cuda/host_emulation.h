@@ -54,6 +54,8 @@ struct alignas(16) float4 {
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
+using std::min;
+
 inline thread_local uint3 threadIdx{}, blockIdx{}, blockDim{}, gridDim{};
 
 namespace pnfs::emulation {

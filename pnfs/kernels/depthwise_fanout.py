@@ -223,16 +223,34 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _call(function: str, x: Tensor, stride: int, activation: str, eps: float, *args: Any) -> None:
+def _call(
+    module: str,
+    function: str,
+    x: Tensor,
+    stencils: list[int],
+    stride: int,
+    activation: str,
+    eps: float,
+    *args: Any,
+) -> None:
     p, n, c, h, w = x.shape
     size = (p, n, c, h, w, x.stride(0), stride, ACTIVATIONS.index(cast(Activation, activation)))
-    native.call(
-        "_cpu", function, x.data_ptr(), *args, size, eps, checks.DTYPE_CODES[x.dtype],
-        shapes=f"x {tuple(x.shape)}",
-    )  # fmt: skip
+    dtype, shapes = checks.DTYPE_CODES[x.dtype], f"x {tuple(x.shape)}"
+    args = (x.data_ptr(), stencils, *args, size, eps, dtype)
+    if module == "_cpu":
+        native.call(module, function, *args, shapes=shapes)
+        return
+    with native.cuda_stream(x.device) as stream:
+        backward = function.endswith("_backward")
+        floats = native.call(
+            module, "depthwise_fanout_scratch", stencils, size, dtype, backward, shapes=shapes
+        )
+        scratch = torch.empty(floats, dtype=torch.float32, device=x.device)
+        native.call(module, function, *args, scratch.data_ptr(), stream, shapes=shapes)
 
 
-def _cpp(
+def _forward(
+    module: str,
     x: Tensor,
     stencils: list[int],
     weights: list[Tensor],
@@ -251,15 +269,16 @@ def _cpp(
     moments = results[count:] if stats else []
     weights, kept = [weight.contiguous() for weight in weights], _contiguous(norm)
     _call(
-        "depthwise_fanout", x, stride, activation, eps,
-        stencils, checks.addresses(weights), _norm_addresses(*kept),
+        module, "depthwise_fanout", x, stencils, stride, activation, eps,
+        checks.addresses(weights), _norm_addresses(*kept),
         checks.addresses(results[:count]), checks.addresses(moments[:count]),
         checks.addresses(moments[count:]),
     )  # fmt: skip
     return results
 
 
-def _cpp_backward(
+def _gradients(
+    module: str,
     x: Tensor,
     stencils: list[int],
     weights: list[Tensor],
@@ -283,8 +302,8 @@ def _cpp_backward(
     weights, kept = [weight.contiguous() for weight in weights], _contiguous(norm)
     lists = [gys, ys, means, [g.contiguous() for g in g_means], [g.contiguous() for g in g_vars]]
     _call(
-        "depthwise_fanout_backward", x, stride, activation, eps,
-        stencils, checks.addresses(weights), _norm_addresses(*kept),
+        module, "depthwise_fanout_backward", x, stencils, stride, activation, eps,
+        checks.addresses(weights), _norm_addresses(*kept),
         *(checks.addresses(tensors) for tensors in lists),
         gradients[0].data_ptr(), checks.addresses(gradients[5:]), _norm_addresses(*gradients[1:5]),
     )  # fmt: skip
@@ -332,20 +351,29 @@ def _can_run(storage: tuple[torch.dtype, ...], x: Tensor, *_: Any) -> Verdict:
     return checks.has_dtype("x", x.dtype, storage)
 
 
+def _can_run_cuda(x: Tensor, stencils: list[int], *rest: Any) -> Verdict:
+    largest = max(stencils)
+    fits = checks.RUNS if largest <= 2 else checks.no(f"dilation {largest}, takes 1 and 2")
+    return checks.all_of(_can_run(STORAGE, x, stencils, *rest), fits)
+
+
 def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
     return OpCost(conv_macs=9 * len(args[2]) * outputs[0].numel())
 
 
 OP = register_op("depthwise_fanout", depthwise_fanout_reference)
-_BACKENDS: tuple[tuple[Backend, Any, Any, Any], ...] = (
-    ("cpp", _cpp, _cpp_backward, partial(_can_run, STORAGE_CPU)),
+_BACKENDS: tuple[tuple[Backend, str, Any], ...] = (
+    ("cpp", "_cpu", partial(_can_run, STORAGE_CPU)),
+    ("cuda", "_cuda", _can_run_cuda),
 )
-for _backend, _fn, _fn_backward, _verdict in _BACKENDS:
+for _backend, _module, _verdict in _BACKENDS:
     _name, _devices = f"depthwise_fanout_{_backend}_backward", NATIVE_DEVICES[_backend]
-    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices)
+    _launch = torch_op(
+        _name, partial(_gradients, _module), _empty_backward, _devices, like=_empty_backward
+    )
     _options = {
         "setup_context": _setup_context,
         "backward": partial(_backward, _launch),
         "cost": _cost,
     }
-    OP.register_native(_backend, _fn, _empty, _verdict, **_options)
+    OP.register_native(_backend, partial(_forward, _module), _empty, _verdict, **_options)

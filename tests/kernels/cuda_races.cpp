@@ -53,6 +53,36 @@ void crop_normalize_case() {
   }
 }
 
+void depthwise_fanout_case() {
+  constexpr std::int64_t c = 8, h = 9, w = 18;
+  const Integers stencils{1, 0, 2, -1};
+  std::vector<float> x(h * w * c), gx(x.size()), taps(c * 9, 0.1f), of_channel(c, 1.0f);
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 7);
+  std::vector<std::vector<float>> maps(4, x), gradients(4, x), taps_to(2, taps),
+      small(12, of_channel);
+  const auto all = [](std::vector<std::vector<float>>& from, std::size_t first, std::size_t count) {
+    Addresses to;
+    for (std::size_t i = first; i < first + count; ++i) to.push_back(address(from[i]));
+    return to;
+  };
+  const Address one = address(of_channel);
+  const Addresses ones(4, one);
+  for (const std::int64_t stride : {1, 2}) {
+    const std::array<std::int64_t, 8> size{1, 1, c, h, w, h * w * c, stride, 2};
+    std::vector<float> forward(depthwise_fanout_scratch(stencils, size, 0, false));
+    std::vector<float> backward(depthwise_fanout_scratch(stencils, size, 0, true));
+    depthwise_fanout(address(x), stencils, {address(taps), address(taps)}, {one, one, one, one},
+                     all(maps, 0, 4), all(small, 0, 4), all(small, 4, 4), size, 1e-5, 0,
+                     address(forward), 0);
+    depthwise_fanout_backward(address(x), stencils, {address(taps), address(taps)},
+                              {one, one, one, one}, all(gradients, 0, 4), all(maps, 0, 4), ones,
+                              ones, ones, address(gx), all(taps_to, 0, 2),
+                              {address(small[8]), address(small[9]), address(small[10]),
+                               address(small[11])},
+                              size, 1e-5, 0, address(backward), 0);
+  }
+}
+
 void oks_nms_case() {
   constexpr std::int64_t n = 80, k = 3, words = 2;
   std::vector<double> points, areas(n, 100.0), sigmas(k, 0.05);
@@ -74,6 +104,7 @@ int main(int, char** arguments) {
   const std::map<std::string, void (*)()> cases{
       {"block_sum", pnfs::block_sum},
       {"crop_normalize", pnfs::crop_normalize_case},
+      {"depthwise_fanout", pnfs::depthwise_fanout_case},
       {"oks_nms", pnfs::oks_nms_case},
   };
   cases.at(arguments[1])();

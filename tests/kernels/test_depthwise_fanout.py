@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import depthwise_fanout, native, use_backend
-from pnfs.kernels.checks import ACTIVATIONS
+from pnfs.kernels.checks import ACTIVATIONS, STORAGE
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 STORAGE_CPU = (torch.float32, torch.bfloat16)
@@ -40,6 +40,8 @@ needs_cpp = pytest.mark.skipif(
 BACKENDS = [
     pytest.param("torch", "cpu", ""),
     *(pytest.param("cpp", "cpu", isa, marks=needs_cpp) for isa in ISAS),
+    pytest.param("cuda", "cpu", ""),
+    pytest.param("cuda", "cuda", "", marks=pytest.mark.gpu),
 ]
 on_every_backend = pytest.mark.parametrize(("backend", "device", "isa"), BACKENDS)
 
@@ -213,6 +215,7 @@ def test_any_shape(backend: str, device: str, isa: str, data: st.DataObject) -> 
         data.draw(st.integers(1, 14)),
     )
     kinds = tuple(data.draw(st.lists(st.sampled_from(ALL), min_size=1, max_size=8)))
+    most = 2 if backend == "cuda" else 3
     stride, dtype = data.draw(st.integers(1, 2)), data.draw(st.sampled_from(STORAGE_CPU))
     # What a bfloat16 map is rounded by shows in its distance from the mean, and in the gradient
     # through the variance of a few pixels.
@@ -221,7 +224,7 @@ def test_any_shape(backend: str, device: str, isa: str, data: st.DataObject) -> 
     case = random_case(
         shape,
         kinds,
-        tuple(data.draw(st.integers(1, 3)) for _ in range(kinds.count("conv"))),
+        tuple(data.draw(st.integers(1, most)) for _ in range(kinds.count("conv"))),
         norm=data.draw(st.sampled_from([0, 2, 3, 4])),
         activation=data.draw(st.sampled_from(ACTIVATIONS)),
         stride=stride,
@@ -425,3 +428,26 @@ GOOD: dict[str, Any] = {
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(PnfsError, match=message):
         depthwise_fanout(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(("backend", "device"), [("cuda", "cpu")])
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("channels", [24, 37, 40])
+def test_blocks_in_any_order_write_every_value(
+    backend: str, device: str, dtype: torch.dtype, channels: int
+) -> None:
+    """In packets of 16 bytes and without, in one chunk of channels and in two."""
+    for stride in (1, 2):
+        case = random_case((1, 2, channels, 9, 17), stride=stride, dtype=dtype)
+        with memory_filled_with_nan():
+            first = check(case, backend, device, "")
+            with mock.patch.dict(os.environ, PNFS_EMULATED_ORDER="reversed"), use_backend(backend):
+                other = run(case, device)
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize(("backend", "device"), [("cuda", "cpu")])
+def test_cuda_takes_dilations_1_and_2(backend: str, device: str) -> None:
+    case = random_case((1, 1, 4, 3, 3), ("conv",), (3,))
+    with use_backend(backend), pytest.raises(PnfsError, match="dilation 3, takes 1 and 2"):
+        call(case)

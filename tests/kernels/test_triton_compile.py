@@ -131,7 +131,13 @@ def check(usages: list[aot.Usage]) -> None:
     assert all(usage.registers > 0 and usage.occupancy >= 0.25 for usage in usages)
 
 
-@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=[pytest.mark.slow] if arch != 90 else [])
+        for arch in aot.ARCHITECTURES
+    ],
+)
 @pytest.mark.parametrize("dtype", aot.DTYPES)
 @pytest.mark.parametrize("step", aot.CALLS)
 def test_the_kernels_of_whole_steps_compile_without_spills(

@@ -243,7 +243,8 @@ class Fabric(nn.Module):
         beta: logits (P, cells, 3), rows in the table's order, columns parallel, above, below.
         cells: `cell_{layer}_{level}` -> Cell.
         reduce: per level the 1×1 convolution that brings the pyramid to this fabric's widths; empty
-            where the pyramid's 1/4 level has the right width already (or a stem feeds the fabric).
+            where every level has the right width already (or a stem feeds the fabric). The
+            published code asks the 1/4 level alone, and fails where another differs.
     """
 
     alpha_mask: Tensor | None
@@ -278,7 +279,9 @@ class Fabric(nn.Module):
         self._add_mask("alpha_mask", self.alpha, self.plan.dropped.operations)
         self._add_mask("beta_mask", self.beta, self.plan.dropped.inputs)
         self.reduce = nn.ModuleList()
-        if in_channels is not None and in_channels[0] != topology.channels_at(0):
+        if in_channels is not None and any(
+            have != topology.channels_at(level) for level, have in enumerate(in_channels)
+        ):
             readers = self.plan.reads if self.plan.pruned else [range(parts)] * len(in_channels)
             self.reduce.extend(
                 PartConv2d(

@@ -76,6 +76,17 @@ class PartConv2d(nn.Module):
         ]
         return torch.stack(parts).permute(0, 1, 4, 2, 3)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartConv2d:
+        """`.to(memory_format=torch.channels_last)` takes 4-D tensors alone: the weights of all
+        parts pass as one, and stay as the kernels read them."""
+
+        def apply(tensor: Tensor) -> Tensor:
+            if tensor.dim() != 5:
+                return fn(tensor)
+            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2]).contiguous()
+
+        return super()._apply(apply, recurse)
+
     def extra_repr(self) -> str:
         shape = tuple(self.weight.shape)
         return (

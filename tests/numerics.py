@@ -1,13 +1,17 @@
 """What the tests of differentiable ops share: gradients, comparison, and two ways to find reads of
-memory that nobody wrote and sums whose order depends on threads."""
+memory that nobody wrote and sums whose order depends on threads; torch's own checks of an op."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pnfs.kernels import use_backend
 
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 # Values of PNFS_ISA, the instruction sets that CPU kernels are compiled for, that this CPU has.
@@ -65,3 +69,23 @@ def results_by_threads(call: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
     finally:
         torch.set_num_threads(before)
     return results
+
+
+def check_every_value_is_written_and_equal_in_every_run(call: Callable[[], list[Tensor]]) -> None:
+    """`call` on the C++ kernels, with several numbers of threads."""
+    with use_backend("cpp"), memory_filled_with_nan():
+        first, *others = results_by_threads(call)
+    assert not any(tensor.isnan().any() for tensor in first)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def opcheck(op: str, *args: Any) -> None:
+    """torch's checks of `pnfs::op` called with `args`, whose tensors of floating-point numbers
+    require a gradient."""
+
+    def leaf(value: Any) -> Any:
+        is_map = isinstance(value, Tensor) and value.is_floating_point()
+        return value.detach().requires_grad_() if is_map else value
+
+    torch.library.opcheck(getattr(torch.ops.pnfs, op).default, tree_map(leaf, args))

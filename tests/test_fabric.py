@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 from pnfs.architecture import entropy, mixing_weights, randomize_
 from pnfs.backbones.fabric import FabricBackbone
-from pnfs.config import FABRIC_BACKBONES, OPERATIONS
+from pnfs.config import FABRIC_BACKBONES, OPERATIONS, load_config
 from pnfs.fabric import Fabric, MixedEdge
+from pnfs.folding import fold
 from pnfs.kernels.checks import as_stacked
 from pnfs.kernels.shared import SharedMap
+from pnfs.model import build_model
 from pnfs.operations import build_branch
 from pnfs.topology import build_topology
 
@@ -182,3 +184,35 @@ def test_fabric_backbones_give_a_four_level_pyramid(name):
         ((4 << i) * config.channels, 16 >> i, 8 >> i) for i in range(4)
     ]
     assert backbone.channels == tuple(level.shape[1] for level in levels)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "channels", "reduced"), [("mobilenet_v2", 6, True), ("hrnet_w32", 8, False)]
+)
+def test_the_pyramid_is_reduced_unless_every_level_has_the_right_width(backbone, channels, reduced):
+    """MobileNetV2's 1/4 level has the 24 channels of C = 6, and no other level agrees."""
+    settings = [f"model.backbone={backbone}", f"model.fabric.channels={channels}"]
+    model = build_model(load_config("ours-1", settings).model).eval()
+    assert [conv.weight.shape[1] for conv in model.fabric.reduce] == (
+        [24, 48, 96, 192] if reduced else []
+    )
+    images = torch.randn(1, 3, 64, 32)
+    with torch.no_grad():
+        scores = model(images)
+        assert scores.shape == (1, 17, 16, 8)
+        torch.testing.assert_close(fold(model)(images), scores, rtol=1e-4, atol=1e-5)
+
+
+def test_the_memory_format_of_a_model_leaves_the_weights_of_parts_alone():
+    torch.manual_seed(0)
+    model = build_model(load_config("tiny").model).eval()
+    images = torch.randn(2, 3, 64, 32)
+    with torch.no_grad():
+        want = model(images)
+        lined_up = model.to(torch.float32, memory_format=torch.channels_last)
+        torch.testing.assert_close(lined_up(images), want)
+    weights = [parameter for parameter in model.parameters() if parameter.dim() == 5]
+    assert weights and all(weight.is_contiguous() for weight in weights)
+    stem = model.backbone.stem[0].weight
+    assert stem.is_contiguous(memory_format=torch.channels_last)
+    assert all(weight.dtype == torch.float64 for weight in model.double().parameters())

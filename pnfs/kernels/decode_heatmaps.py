@@ -14,10 +14,8 @@ from torch import Tensor
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
-from pnfs.kernels.checks import Verdict
+from pnfs.kernels.checks import STORAGE, Verdict
 from pnfs.kernels.registry import register_op
-
-STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def decode_heatmaps(

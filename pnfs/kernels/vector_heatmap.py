@@ -15,10 +15,9 @@ from torch import Tensor
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
-from pnfs.kernels.checks import STORAGE_CPU, Verdict
+from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
 from pnfs.kernels.registry import NATIVE_DEVICES, Backend, register_op, torch_op
 
-STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 MAX_PARTS, MAX_DEPTH = 8, 256  # that a GPU kernel takes
 

@@ -9,19 +9,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import ISAS, error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
+from numerics import (
+    ISAS,
+    check_every_value_is_written_and_equal_in_every_run,
+    error_of,
+    memory_filled_with_nan,
+    opcheck,
+    value_and_gradients,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import batch_norm_act, batch_stats, native, use_backend
 from pnfs.kernels.batch_norm_act import ACTIVATIONS, Activation
+from pnfs.kernels.checks import STORAGE_CPU
 from pnfs.kernels.registry import OpCost, op_costs
 
 DTYPES = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 if native.triton_interpreted():  # which cuts bfloat16 off
     DTYPES[torch.bfloat16] = 2**-7
-CPU_DTYPES = (torch.float32, torch.bfloat16)
 # torch.batch_norm in float32 takes x·scale less mean·scale, which costs digits that ours keep.
 TORCH_TOLERANCE = 3e-4
 
@@ -143,7 +150,7 @@ def check(case: Case, backend: str, device: str, magnified: float = 1) -> list[T
 
 
 def taken(backend: str, dtype: torch.dtype) -> bool:
-    return backend != "cpp" or dtype in CPU_DTYPES
+    return backend != "cpp" or dtype in STORAGE_CPU
 
 
 def test_the_reference_equals_torchs_layers() -> None:
@@ -321,7 +328,7 @@ def test_statistics_from_elsewhere_have_gradients(backend: str, device: str) -> 
 
 @needs_cpp
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("dtype", STORAGE_CPU)
 def test_every_instruction_set(
     isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,11 +343,7 @@ def test_every_instruction_set(
 @pytest.mark.parametrize("residual", [False, True])
 def test_every_value_is_written_and_equal_in_every_run(given_stats: bool, residual: bool) -> None:
     case = random_case((3, 24, 117, 119), residual=residual, given_stats=given_stats)
-    with use_backend("cpp"), memory_filled_with_nan():
-        runs = results_by_threads(case.results)
-    assert not any(tensor.isnan().any() for tensor in runs[0])
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+    check_every_value_is_written_and_equal_in_every_run(case.results)
 
 
 @needs_cpp
@@ -355,7 +358,7 @@ def test_the_residual_shares_its_gradient_where_nothing_masks_it() -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("dtype", STORAGE_CPU)
 @of_every_kind
 def test_opcheck(
     dtype: torch.dtype, activation: Activation, residual: bool, given_stats: bool
@@ -363,11 +366,9 @@ def test_opcheck(
     kind = {"residual": residual, "given_stats": given_stats, "dtype": dtype}
     for shape in ((2, 5, 3, 4), (1, 16, 1, 1)):
         case = random_case(shape, activation, **kind)
-        for tensor in case.tensors.values():
-            tensor.requires_grad_()
         code = ACTIVATIONS.index(activation)
         args = (case.x, case.weight, case.bias, case.mean, case.var, case.residual, code, 1e-5)
-        torch.library.opcheck(torch.ops.pnfs.batch_norm_act_cpp.default, args)
+        opcheck("batch_norm_act_cpp", *args)
 
 
 @on_triton

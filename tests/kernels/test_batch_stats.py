@@ -6,11 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import ISAS, error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
+from numerics import (
+    ISAS,
+    check_every_value_is_written_and_equal_in_every_run,
+    error_of,
+    memory_filled_with_nan,
+    opcheck,
+    value_and_gradients,
+)
 from torch import Tensor
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import batch_stats, native, use_backend
+from pnfs.kernels.checks import STORAGE_CPU
 from pnfs.kernels.registry import OpCost, op_costs
 
 # Of the statistics, whatever the maps' dtype, and of the maps' gradient.
@@ -33,7 +41,6 @@ on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 on_triton = pytest.mark.parametrize(("backend", "device"), BACKENDS[2:])
 # Of random shapes; Triton's interpreter takes milliseconds per program.
 EXAMPLES = 6 if native.triton_interpreted() else 30
-CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def random_maps(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -79,7 +86,7 @@ def test_gradcheck_of_the_reference() -> None:
 def test_equals_the_float64_reference(
     backend: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    if backend == "cpp" and dtype not in CPU_DTYPES:
+    if backend == "cpp" and dtype not in STORAGE_CPU:
         pytest.skip("not a type of the CPU kernels")
     check(random_maps(*shape, dtype=dtype), backend, device)
 
@@ -152,7 +159,7 @@ def test_one_of_the_results_can_go_unused(backend: str, device: str) -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("dtype", STORAGE_CPU)
 def test_every_instruction_set(
     isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,19 +171,16 @@ def test_every_instruction_set(
 @needs_cpp
 def test_every_value_is_written_and_equal_in_every_run() -> None:
     x = random_maps(3, 3, 80, 17, 19)
-    with use_backend("cpp"), memory_filled_with_nan():
-        runs = results_by_threads(lambda: value_and_gradients(batch_stats, [x]))
-    assert not any(tensor.isnan().any() for tensor in runs[0])
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+    check_every_value_is_written_and_equal_in_every_run(
+        lambda: value_and_gradients(batch_stats, [x])
+    )
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("dtype", STORAGE_CPU)
 def test_opcheck(dtype: torch.dtype) -> None:
     for shape in ((2, 2, 5, 3, 4), (1, 1, 16, 1, 1)):
-        x = random_maps(*shape, dtype=dtype).requires_grad_()
-        torch.library.opcheck(torch.ops.pnfs.batch_stats_cpp.default, (x,))
+        opcheck("batch_stats_cpp", random_maps(*shape, dtype=dtype))
 
 
 @on_triton

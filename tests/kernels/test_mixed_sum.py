@@ -10,12 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import ISAS, error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
+from numerics import (
+    ISAS,
+    check_every_value_is_written_and_equal_in_every_run,
+    error_of,
+    memory_filled_with_nan,
+    opcheck,
+    value_and_gradients,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import batch_stats, checks, mixed_sum, native, use_backend
+from pnfs.kernels.checks import STORAGE_CPU
 from pnfs.kernels.registry import op_costs
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -37,7 +45,6 @@ on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 on_triton = pytest.mark.parametrize(("backend", "device"), TRITON)
 # Of random shapes; Triton's interpreter takes milliseconds per program.
 EXAMPLES = 3 if native.triton_interpreted() else 30
-CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class Case:
     def tensors(self) -> list[Tensor]:
         plain = [] if self.x is None else [self.x]
         return [*plain, *self.branches, *self.means, *self.variances, self.weights]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As the registered ops take them."""
+        return self.x, self.branches, self.means, self.variances, self.weights, self.relu, 1e-5
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Case:
         rest = list(tensors)
@@ -170,7 +182,7 @@ def test_gradcheck_of_the_reference() -> None:
 def test_equals_the_float64_reference(
     backend: str, device: str, dtype: torch.dtype, branches: int, skip: bool
 ) -> None:
-    if backend == "cpp" and dtype not in CPU_DTYPES:
+    if backend == "cpp" and dtype not in STORAGE_CPU:
         pytest.skip("not a type of the CPU kernels")
     if (backend, device) == ("triton", "cpu") and branches != 2 and dtype != torch.float32:
         pytest.skip("Triton's interpreter: two branches run the same lines")
@@ -250,7 +262,7 @@ def test_with_statistics_of_the_branches_themselves(backend: str, device: str) -
 
 @needs_cpp
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("dtype", STORAGE_CPU)
 def test_every_instruction_set(
     isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,26 +274,17 @@ def test_every_instruction_set(
 @needs_cpp
 def test_every_value_is_written_and_equal_in_every_run() -> None:
     case = random_case((3, 3, 80, 17, 19))
-    with use_backend("cpp"), memory_filled_with_nan():
-        runs = results_by_threads(lambda: run(case))
-    assert not any(tensor.isnan().any() for tensor in runs[0])
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+    check_every_value_is_written_and_equal_in_every_run(lambda: run(case))
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("dtype", STORAGE_CPU)
 def test_opcheck(dtype: torch.dtype) -> None:
     for case in (
         random_case((2, 2, 5, 3, 4), dtype=dtype),
         random_case((1, 1, 16, 1, 1), 1, skip=False),
     ):
-        leaves = case.with_tensors(tuple(tensor.requires_grad_() for tensor in case.tensors))
-        args = (
-            leaves.x, leaves.branches, leaves.means, leaves.variances, leaves.weights,
-            leaves.relu, 1e-5,
-        )  # fmt: skip
-        torch.library.opcheck(torch.ops.pnfs.mixed_sum_cpp.default, args)
+        opcheck("mixed_sum_cpp", *case.arguments)
 
 
 @on_triton
@@ -300,12 +303,8 @@ def test_programs_that_take_several_steps(
 @on_triton
 def test_opcheck_of_triton(backend: str, device: str) -> None:
     case = random_case((2, 1, 5, 3, 2))
-    leaves = case.with_tensors(tuple(t.to(device).requires_grad_() for t in case.tensors))
-    args = (
-        leaves.x, leaves.branches, leaves.means, leaves.variances, leaves.weights,
-        leaves.relu, 1e-5,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.pnfs.mixed_sum_triton.default, args)
+    case = case.with_tensors(tuple(tensor.to(device) for tensor in case.tensors))
+    opcheck("mixed_sum_triton", *case.arguments)
 
 
 def test_what_a_gpu_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,9 +323,7 @@ def test_costs_of_the_gpu_count_the_sums_between_its_two_kernels() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     case = random_case((3, 2, 40, 32, 24))
     case = case.with_tensors(tuple(t.to("meta") for t in case.tensors))
-    args = (
-        case.x, case.x, case.branches, case.means, case.variances, case.weights, case.relu, 1e-5
-    )  # fmt: skip
+    args = (case.x, *case.arguments)
     outputs = torch.ops.pnfs.mixed_sum_triton_backward.default(*args)
     cost = op_costs["pnfs::mixed_sum_triton_backward"](args, outputs)
     # Two sums per term, part and channel of 48 blocks of 32 pixels, written and read.

@@ -10,12 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import ISAS, error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
+from numerics import (
+    ISAS,
+    check_every_value_is_written_and_equal_in_every_run,
+    error_of,
+    memory_filled_with_nan,
+    opcheck,
+    value_and_gradients,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import batch_stats, native, scale_mix, use_backend
+from pnfs.kernels.checks import STORAGE_CPU
 from pnfs.kernels.registry import op_costs
 from pnfs.kernels.scale_mix import OP, TRANSFORMS
 
@@ -38,7 +46,6 @@ on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 on_triton = pytest.mark.parametrize(("backend", "device"), TRITON)
 # Of random shapes; Triton's interpreter takes milliseconds per program.
 EXAMPLES = 3 if native.triton_interpreted() else 30
-CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,12 @@ class Case:
     @property
     def tensors(self) -> list[Tensor]:
         return [*self.sources, *(s for items in self.norms for s in items), self.weights]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As the registered ops take them."""
+        codes = [TRANSFORMS.index(name) for name in self.transforms]
+        return self.sources, codes, *self.norms, self.weights, self.relu, self.down_relu, 1e-5
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Case:
         count, per_norm = len(self.sources), len(self.norms[0])
@@ -170,7 +183,7 @@ def test_gradcheck_of_the_reference(relu: bool, down_relu: bool) -> None:
 def test_equals_the_float64_reference(
     backend: str, device: str, dtype: torch.dtype, transforms: str
 ) -> None:
-    if backend == "cpp" and dtype not in CPU_DTYPES:
+    if backend == "cpp" and dtype not in STORAGE_CPU:
         pytest.skip("not a type of the CPU kernels")
     interpreted = (backend, device) == ("triton", "cpu")
     if interpreted and transforms != "same down up" and dtype != torch.float32:
@@ -258,7 +271,7 @@ def test_any_layout(backend: str, device: str) -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("dtype", STORAGE_CPU)
 def test_every_instruction_set(
     isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,25 +284,18 @@ def test_every_instruction_set(
 @pytest.mark.parametrize("images", [1, 9])
 def test_every_value_is_written_and_equal_in_every_run(images: int) -> None:
     case = random_case((2, images, 80, 38, 18))
-    with use_backend("cpp"), memory_filled_with_nan():
-        runs = results_by_threads(lambda: run(case))
-    assert not any(tensor.isnan().any() for tensor in runs[0])
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+    check_every_value_is_written_and_equal_in_every_run(lambda: run(case))
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("dtype", STORAGE_CPU)
 def test_opcheck(dtype: torch.dtype) -> None:
     for case in (
         random_case((2, 2, 5, 4, 2), dtype=dtype),
         random_case((1, 1, 16, 1, 1), "same", dtype=dtype),
         random_case((1, 1, 3, 2, 2), "up", dtype=dtype, relu=False),
     ):
-        leaves = case.with_tensors(tuple(tensor.requires_grad_() for tensor in case.tensors))
-        codes = [TRANSFORMS.index(name) for name in case.transforms]
-        args = (leaves.sources, codes, *leaves.norms, leaves.weights, case.relu, False, 1e-5)
-        torch.library.opcheck(torch.ops.pnfs.scale_mix_cpp.default, args)
+        opcheck("scale_mix_cpp", *case.arguments)
 
 
 @on_triton
@@ -308,10 +314,8 @@ def test_programs_that_take_several_steps(
 @on_triton
 def test_opcheck_of_triton(backend: str, device: str) -> None:
     case = random_case((2, 1, 5, 4, 2))
-    leaves = case.with_tensors(tuple(t.to(device).requires_grad_() for t in case.tensors))
-    codes = [TRANSFORMS.index(name) for name in case.transforms]
-    args = (leaves.sources, codes, *leaves.norms, leaves.weights, case.relu, False, 1e-5)
-    torch.library.opcheck(torch.ops.pnfs.scale_mix_triton.default, args)
+    case = case.with_tensors(tuple(tensor.to(device) for tensor in case.tensors))
+    opcheck("scale_mix_triton", *case.arguments)
 
 
 def test_what_a_gpu_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:

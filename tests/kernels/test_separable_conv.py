@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -15,16 +15,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
+from numerics import (
+    check_every_value_is_written_and_equal_in_every_run,
+    error_of,
+    memory_filled_with_nan,
+    opcheck,
+    value_and_gradients,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import SharedMap, checks, native, separable_conv, use_backend
-from pnfs.kernels.checks import ACTIVATIONS, Activation, activate
+from pnfs.kernels.checks import ACTIVATIONS, STORAGE_CPU, Activation, activate
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-STORAGE_CPU = (torch.float32, torch.bfloat16)
 AFFINE = "depthwise bias normalised gamma beta"
 
 needs_cpp = pytest.mark.skipif(
@@ -436,11 +441,8 @@ def test_without_stats_there_are_none() -> None:
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_every_value_is_written_and_equal_in_every_run(isa: str) -> None:
     for case in (random_case((3, 3, 80, 17, 19), 70), random_case((1, 1, 16, 40, 33), 8, "")):
-        with using("cpp", isa), memory_filled_with_nan():
-            runs = results_by_threads(lambda case=case: run(case))  # type: ignore[misc]
-        assert not any(tensor.isnan().any() for tensor in runs[0])
-        for other in runs[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+        with using("cpp", isa):
+            check_every_value_is_written_and_equal_in_every_run(partial(run, case))
 
 
 @needs_cpp
@@ -449,10 +451,9 @@ def test_every_value_is_written_and_equal_in_every_run(isa: str) -> None:
 def test_opcheck(dtype: torch.dtype, options: str) -> None:
     for stats in (True, False):
         case = random_case((2, 2, 5, 3, 4), 6, options, dtype=dtype, stats=stats)
-        case = case.with_tensors(tuple(tensor.requires_grad_() for tensor in case.tensors.values()))
         tensors = (case.x, case.pointwise, case.depthwise, case.bias, case.mean, case.var)
         rest = (case.dilation, stats, 1e-5, case.gamma, case.beta, case.activation)
-        torch.library.opcheck(torch.ops.pnfs.separable_conv_cpp.default, (*tensors, *rest))
+        opcheck("separable_conv_cpp", *tensors, *rest)
 
 
 @needs_cpp

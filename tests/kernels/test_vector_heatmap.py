@@ -25,6 +25,7 @@ from keypoint_vectors import (
     skip_if_interpreted,
     skip_unless_taken,
 )
+from numerics import opcheck
 from torch import Tensor
 
 from pnfs.errors import PnfsError
@@ -204,7 +205,7 @@ def test_opcheck(layout: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         vectors = random_vectors(SHARED, (2, 4, 3, 2), layout=layout, dtype=dtype)
         flat = [k for part in SHARED for k in part]
-        torch.library.opcheck(torch.ops.pnfs.vector_heatmap_cpp.default, (vectors, flat, 5))
+        opcheck("vector_heatmap_cpp", vectors, flat, 5)
 
 
 @needs_cpp

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pnfs.kernels import batch_norm_act
-from pnfs.kernels.batch_norm_act import ACTIVATIONS, batch_norm_act_reference
+from pnfs.kernels.batch_norm_act import batch_norm_act_reference
+from pnfs.kernels.checks import ACTIVATIONS
 
 # (channels, height, width) of maps in MobileNetV2 at 256×192.
 MAPS = ((96, 128, 96), (144, 64, 48), (24, 64, 48), (192, 32, 24), (576, 16, 12), (960, 8, 6))

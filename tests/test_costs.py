@@ -238,6 +238,6 @@ def test_training_keeps_less_for_the_backward_pass_than_plain_modules() -> None:
     saved = count_costs(model, (256, 192), batch, "train").saved
     with kernels.use_backend("torch"):
         reference = count_costs(model, (256, 192), batch, "train").saved
-    assert reference == pytest.approx(286e6 * batch, rel=0.01)
+    assert reference == pytest.approx(261e6 * batch, rel=0.01)
     assert saved < 0.6 * 220e6 * batch
     assert count_costs(model, (256, 192), batch).saved == 0

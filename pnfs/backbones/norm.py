@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pnfs import kernels
-from pnfs.kernels.batch_norm_act import Activation
+from pnfs.kernels.checks import Activation
 
 Statistics = tuple[Tensor, Tensor, float]  # mean and biased variance, (C,) each, of how many values
 

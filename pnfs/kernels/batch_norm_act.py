@@ -10,19 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from pnfs.errors import PnfsError, did_you_mean
+from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
-from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
-from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
-
-Activation = Literal["none", "relu", "relu6"]
-ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "relu6")  # index: the code of the kernels
+from pnfs.kernels.checks import ACTIVATIONS, STORAGE, STORAGE_CPU, Activation, Verdict, activate
+from pnfs.kernels.registry import Backend, OpCost, register_op
 
 Forward = tuple[Tensor, Tensor, Tensor]
 
@@ -74,11 +70,7 @@ def batch_norm_act(
     if residual is not None:
         checks.check_tensor("residual", residual, tuple(x.shape), x.dtype)
     checks.check_same_device(x=x, **per_channel, residual=residual)
-    if activation not in ACTIVATIONS:
-        raise PnfsError(
-            f"activation '{activation}' is unknown; use {', '.join(ACTIVATIONS)}"
-            f"{did_you_mean(activation, ACTIVATIONS)}"
-        )
+    checks.check_choice("activation", activation, ACTIVATIONS)
     code = ACTIVATIONS.index(activation)
     x, residual = channels_last(x), None if residual is None else channels_last(residual)
     return cast(Forward, OP(x, weight, bias, mean, var, residual, code, float(eps)))
@@ -112,7 +104,7 @@ def batch_norm_act_reference(
     else:
         z = torch.batch_norm(z, weight, bias, mean, var, False, 0.0, eps, True)
     z = z if residual is None else z + residual
-    y = (z, F.relu(z), F.relu6(z))[activation]
+    y = activate(z, ACTIVATIONS[activation])
     return channels_last(y.to(x.dtype)), *results
 
 
@@ -156,11 +148,6 @@ def _empty_backward(
     return [_empty_like(x), *small, g_residual]
 
 
-def address(tensor: Tensor | None) -> int:
-    """Where the data lie, 0 for none. The caller keeps `tensor` alive."""
-    return 0 if tensor is None or not tensor.numel() else tensor.data_ptr()
-
-
 def _size(x: Tensor) -> tuple[int, int]:
     n, c, h, w = x.shape
     return n * h * w, c
@@ -182,7 +169,7 @@ def _cpp(
     norm = [*stats, weight.contiguous(), bias.contiguous()]
     native.call(
         "_cpu", "batch_norm_act",
-        x.data_ptr(), address(residual), checks.addresses(norm), y.data_ptr(), _size(x),
+        x.data_ptr(), checks.address(residual), checks.addresses(norm), y.data_ptr(), _size(x),
         mean is None, eps, activation, checks.DTYPE_CODES[x.dtype],
         shapes=f"x {tuple(x.shape)}",
     )  # fmt: skip
@@ -206,8 +193,8 @@ def _cpp_backward(
     norm = [tensor.contiguous() for tensor in (mean, var, weight, bias)]
     native.call(
         "_cpu", "batch_norm_act_backward",
-        gy.data_ptr(), x.data_ptr(), address(residual), checks.addresses(norm),
-        gx.data_ptr(), address(g_residual), [address(tensor) for tensor in small], _size(x),
+        gy.data_ptr(), x.data_ptr(), checks.address(residual), checks.addresses(norm),
+        gx.data_ptr(), checks.address(g_residual), list(map(checks.address, small)), _size(x),
         batch, eps, activation, checks.DTYPE_CODES[x.dtype],
         shapes=f"x {tuple(x.shape)}",
     )  # fmt: skip
@@ -337,11 +324,8 @@ _BACKENDS: tuple[tuple[Backend, Any, Any, Any, Any, Any], ...] = (
     ("triton", _triton, _triton_backward, _cost_triton, _cost_triton_backward, _can_run_triton),
 )
 for _backend, _fn, _fn_backward, _fn_cost, _fn_backward_cost, _can_run in _BACKENDS:
-    _name, _devices = f"batch_norm_act_{_backend}_backward", NATIVE_DEVICES[_backend]
-    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices, cost=_fn_backward_cost)
-    _options = {
-        "setup_context": _setup_context,
-        "backward": partial(_backward, _launch),
-        "cost": _fn_cost,
-    }
-    OP.register_native(_backend, _fn, _empty, _can_run, **_options)
+    OP.register_differentiable(
+        _backend, _fn, _empty, _fn_backward, _empty_backward, _can_run,
+        setup_context=_setup_context, backward=_backward,
+        cost=_fn_cost, cost_backward=_fn_backward_cost,
+    )  # fmt: skip

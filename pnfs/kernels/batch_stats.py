@@ -7,7 +7,6 @@ each part.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from pnfs.kernels import checks, native
 from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
-from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
+from pnfs.kernels.registry import Backend, OpCost, register_op
 
 
 def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +116,22 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor
     ctx.save_for_backward(*inputs, output[0])
 
 
+def statistics_gradients(
+    saved: Sequence[Tensor], g_mean: Tensor | None, g_var: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """For ops that return statistics beside their result y: y, its mean, and the gradients of mean
+    and variance as a kernel takes them, all None where neither has one.
+
+    Args:
+        saved: y and its mean, or nothing where no statistics were wanted.
+    """
+    if not saved or (g_mean is None and g_var is None):
+        return None, None, g_mean, g_var
+    y, mean = saved
+    g_mean, g_var = (torch.zeros_like(mean) if g is None else g for g in (g_mean, g_var))
+    return y, mean, g_mean, g_var
+
+
 def _backward(launch: Callable[..., Any], ctx: Any, g_mean: Tensor, g_var: Tensor) -> Any:
     x, mean = ctx.saved_tensors
     return launch(x, mean, g_mean, g_var)
@@ -143,11 +158,7 @@ _BACKENDS: tuple[tuple[Backend, Any, Any, Any, Any], ...] = (
     ("triton", _triton, _triton_backward, _cost_triton, _can_run_triton),
 )
 for _backend, _fn, _fn_backward, _cost, _can_run in _BACKENDS:
-    _name, _devices = f"batch_stats_{_backend}_backward", NATIVE_DEVICES[_backend]
-    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices)
-    _options = {
-        "setup_context": _setup_context,
-        "backward": partial(_backward, _launch),
-        "cost": _cost,
-    }
-    OP.register_native(_backend, _fn, _empty, _can_run, **_options)
+    OP.register_differentiable(
+        _backend, _fn, _empty, _fn_backward, _empty_backward, _can_run,
+        setup_context=_setup_context, backward=_backward, cost=_cost,
+    )  # fmt: skip

@@ -185,6 +185,21 @@ def empty_stacked(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty((p, n, h, w, c), dtype=like.dtype, device=like.device).permute(0, 1, 4, 2, 3)
 
 
+def has_batch(x: Tensor) -> Verdict:
+    """Whether there is anything to compute."""
+    return RUNS if x.numel() else no("the batch is empty")
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in their default layout, None where there is none."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the data lie, 0 for none and for an empty one. The caller keeps `tensor` alive."""
+    return 0 if tensor is None or not tensor.numel() else tensor.data_ptr()
+
+
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     """Where the tensors' data lie, as compiled functions take them."""
     return [tensor.data_ptr() for tensor in tensors]

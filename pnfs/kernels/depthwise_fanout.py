@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
 from pnfs.kernels.checks import ACTIVATIONS, STORAGE, STORAGE_CPU, Activation, Verdict, activate
-from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
+from pnfs.kernels.registry import Backend, OpCost, register_op
 
 KINDS = ("conv", "avg_pool", "max_pool")
 MAX_STENCILS = 8
@@ -172,8 +172,6 @@ def _stencil(z: Tensor, stencil: int, taps: Tensor | None, stride: int) -> Tenso
 # pass took, the gradients of the maps; and where the statistics have any, the maps, their means,
 # and the gradients of means and variances.
 
-Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
 
 def _empty(x: Tensor, stencils: list[int], *rest: Any) -> list[Tensor]:
     stride, stats = rest[5], rest[7]
@@ -212,15 +210,6 @@ def _empty_backward(
     shapes += [(p, c, 3, 3)] * len(weights)
     small = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]
     return [checks.empty_stacked(x.shape, x), *small]
-
-
-def _norm_addresses(*tensors: Tensor | None) -> list[int]:
-    """0 for none. The caller keeps the tensors alive."""
-    return [0 if t is None or not t.numel() else t.data_ptr() for t in tensors]
-
-
-def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _call(
@@ -267,10 +256,10 @@ def _forward(
     results = _empty(x, stencils, weights, *norm, stride, activation, stats, eps)
     count = len(stencils)
     moments = results[count:] if stats else []
-    weights, kept = [weight.contiguous() for weight in weights], _contiguous(norm)
+    weights, kept = [weight.contiguous() for weight in weights], checks.contiguous(*norm)
     _call(
         module, "depthwise_fanout", x, stencils, stride, activation, eps,
-        checks.addresses(weights), _norm_addresses(*kept),
+        checks.addresses(weights), list(map(checks.address, kept)),
         checks.addresses(results[:count]), checks.addresses(moments[:count]),
         checks.addresses(moments[count:]),
     )  # fmt: skip
@@ -299,13 +288,14 @@ def _gradients(
     gradients = _empty_backward(
         x, stencils, weights, *norm, stride, activation, eps, gys, ys, means, g_means, g_vars
     )
-    weights, kept = [weight.contiguous() for weight in weights], _contiguous(norm)
+    weights, kept = [weight.contiguous() for weight in weights], checks.contiguous(*norm)
     lists = [gys, ys, means, [g.contiguous() for g in g_means], [g.contiguous() for g in g_vars]]
     _call(
         module, "depthwise_fanout_backward", x, stencils, stride, activation, eps,
-        checks.addresses(weights), _norm_addresses(*kept),
+        checks.addresses(weights), list(map(checks.address, kept)),
         *(checks.addresses(tensors) for tensors in lists),
-        gradients[0].data_ptr(), checks.addresses(gradients[5:]), _norm_addresses(*gradients[1:5]),
+        gradients[0].data_ptr(), checks.addresses(gradients[5:]),
+        list(map(checks.address, gradients[1:5])),
     )  # fmt: skip
     return gradients
 
@@ -346,9 +336,7 @@ def _backward(launch: Callable[..., Any], ctx: Any, grads: list[Tensor | None]) 
 
 
 def _can_run(storage: tuple[torch.dtype, ...], x: Tensor, *_: Any) -> Verdict:
-    if not x.numel():
-        return checks.no("the batch is empty")
-    return checks.has_dtype("x", x.dtype, storage)
+    return checks.all_of(checks.has_batch(x), checks.has_dtype("x", x.dtype, storage))
 
 
 def _can_run_cuda(x: Tensor, stencils: list[int], *rest: Any) -> Verdict:
@@ -367,13 +355,8 @@ _BACKENDS: tuple[tuple[Backend, str, Any], ...] = (
     ("cuda", "_cuda", _can_run_cuda),
 )
 for _backend, _module, _verdict in _BACKENDS:
-    _name, _devices = f"depthwise_fanout_{_backend}_backward", NATIVE_DEVICES[_backend]
-    _launch = torch_op(
-        _name, partial(_gradients, _module), _empty_backward, _devices, like=_empty_backward
-    )
-    _options = {
-        "setup_context": _setup_context,
-        "backward": partial(_backward, _launch),
-        "cost": _cost,
-    }
-    OP.register_native(_backend, partial(_forward, _module), _empty, _verdict, **_options)
+    OP.register_differentiable(
+        _backend, partial(_forward, _module), _empty,
+        partial(_gradients, _module), _empty_backward, _verdict,
+        setup_context=_setup_context, backward=_backward, cost=_cost, like_backward=_empty_backward,
+    )  # fmt: skip

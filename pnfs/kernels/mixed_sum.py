@@ -8,7 +8,6 @@ normalisation and activation happen here, on load, and are never stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
 from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
-from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
+from pnfs.kernels.registry import Backend, OpCost, register_op
 
 TRITON_TERMS = 8  # at most, of a sum that one Triton kernel takes
 
@@ -290,7 +289,7 @@ _BACKENDS: tuple[tuple[Backend, Any, Any, Any, Any], ...] = (
     ("triton", _triton, _triton_backward, _triton_backward_cost, _can_run_triton),
 )
 for _backend, _fn, _fn_backward, _cost, _can_run in _BACKENDS:
-    _name, _devices = f"mixed_sum_{_backend}_backward", NATIVE_DEVICES[_backend]
-    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices, cost=_cost)
-    _options = {"setup_context": _setup_context, "backward": partial(_backward, _launch)}
-    OP.register_native(_backend, _fn, _empty, _can_run, **_options)
+    OP.register_differentiable(
+        _backend, _fn, _empty, _fn_backward, _empty_backward, _can_run,
+        setup_context=_setup_context, backward=_backward, cost_backward=_cost,
+    )  # fmt: skip

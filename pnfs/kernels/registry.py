@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
@@ -97,6 +98,36 @@ class Op:
         name, devices = f"{self.name}_{backend}", NATIVE_DEVICES[backend]
         launch = torch_op(name, fn, fake, devices, like=self.reference, **options)
         self.register(backend, launch, can_run)
+
+    def register_differentiable(
+        self,
+        backend: Backend,
+        fn: Callable[..., Any],
+        fake: Callable[..., Any],
+        fn_backward: Callable[..., Any],
+        fake_backward: Callable[..., Any],
+        can_run: Callable[..., Verdict],
+        *,
+        setup_context: Callable[..., Any],
+        backward: Callable[..., Any],
+        cost: Cost | None = None,
+        cost_backward: Cost | None = None,
+        like_backward: Callable[..., Any] | None = None,
+    ) -> None:
+        """`register_native` for an op with a gradient, whose kernel becomes the torch op
+        `<op>_<backend>_backward`. `backward(launch, ctx, *gradients)` calls that as `launch`."""
+        launch = torch_op(
+            f"{self.name}_{backend}_backward",
+            fn_backward,
+            fake_backward,
+            NATIVE_DEVICES[backend],
+            like=like_backward,
+            cost=cost_backward,
+        )
+        self.register_native(
+            backend, fn, fake, can_run,
+            setup_context=setup_context, backward=partial(backward, launch), cost=cost,
+        )  # fmt: skip
 
     def verdict(self, backend: str, args: Sequence[Any]) -> Verdict:
         """Whether `backend` can run this call, and the reason if not."""
@@ -277,7 +308,8 @@ class OpCost:
 
 # torch op ("pnfs::name") -> cost(args, outputs), which reads shapes and dtypes only. An op without
 # an entry counts as one launch that reads every argument and writes every result once.
-op_costs: dict[str, Callable[[Sequence[Any], Any], OpCost]] = {}
+Cost = Callable[[Sequence[Any], Any], OpCost]
+op_costs: dict[str, Cost] = {}
 
 # torch op ("pnfs::name") -> the function behind it.
 op_functions: dict[str, Callable[..., Any]] = {}
@@ -295,7 +327,7 @@ def torch_op(
     like: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
-    cost: Callable[[Sequence[Any], Any], OpCost] | None = None,
+    cost: Cost | None = None,
 ) -> Callable[..., Any]:
     """Define `torch.ops.pnfs.<name>` from `fn` and return it, ready to be an op's backend.
 

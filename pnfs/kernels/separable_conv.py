@@ -9,7 +9,6 @@ statistics of an output travel beside it as (P, O) tensors, and its consumer nor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,9 +17,10 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
+from pnfs.kernels.batch_stats import statistics_gradients
 from pnfs.kernels.checks import ACTIVATIONS, STORAGE, STORAGE_CPU, Activation, Verdict, activate
-from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
-from pnfs.kernels.shared import SharedMap, unshared
+from pnfs.kernels.registry import OpCost, register_op
+from pnfs.kernels.shared import PassOn, SharedMap, unshared
 
 
 def separable_conv(
@@ -104,10 +104,7 @@ def separable_conv(
         checks.as_stacked(x), *weights, mean, var, int(dilation), bool(stats), float(eps),
         gamma, beta, activation,
     )  # fmt: skip
-    if shared is not None and _passes_on(args):
-        y, mean_y, var_y, shared.map = _PassOn.apply(*args)
-        return y, mean_y, var_y
-    return cast(tuple[Tensor, Tensor, Tensor], OP(*args))
+    return cast(tuple[Tensor, Tensor, Tensor], _PASS_ON(shared, *args))
 
 
 def separable_conv_reference(
@@ -189,15 +186,6 @@ def _empty_backward(
     return [checks.empty_stacked(x.shape, x), *weights]
 
 
-def _address(tensor: Tensor | None) -> int:
-    """0 for none. The caller keeps `tensor` alive."""
-    return 0 if tensor is None or not tensor.numel() else tensor.data_ptr()
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
 def _size(x: Tensor, pointwise: Tensor, dilation: int, activation: str) -> tuple[int, ...]:
     p, n, c, h, w = x.shape
     code = ACTIVATIONS.index(cast(Activation, activation))
@@ -208,7 +196,7 @@ def _call(
     function: str, tensors: Sequence[Tensor | None], x: Tensor, size: Any, eps: float
 ) -> None:
     native.call(
-        "_cpu", function, [_address(tensor) for tensor in tensors], size, eps,
+        "_cpu", function, list(map(checks.address, tensors)), size, eps,
         checks.DTYPE_CODES[x.dtype],
         shapes=f"x {tuple(x.shape)}, O = {size[3]}",
     )  # fmt: skip
@@ -229,7 +217,7 @@ def _cpp(
     activation: str = "relu",
 ) -> Forward:
     results = _empty(x, pointwise, depthwise, bias, mean, var, dilation, stats, eps)
-    weights = _contiguous(pointwise, depthwise, bias, mean, var, gamma, beta)
+    weights = checks.contiguous(pointwise, depthwise, bias, mean, var, gamma, beta)
     size = _size(x, pointwise, dilation, activation)
     _call("separable_conv", [x, *weights, *results], x, size, eps)
     return results
@@ -258,8 +246,8 @@ def _cpp_backward(
     gradients = _empty_backward(
         x, pointwise, depthwise, mean, var, dilation, eps, gamma, beta, activation, has_bias
     )
-    weights = _contiguous(pointwise, depthwise, mean, var, gamma, beta)
-    of_results = [y, mean_y, gy, *_contiguous(g_mean_y, g_var_y), more]
+    weights = checks.contiguous(pointwise, depthwise, mean, var, gamma, beta)
+    of_results = [y, mean_y, gy, *checks.contiguous(g_mean_y, g_var_y), more]
     size = _size(x, pointwise, dilation, activation)
     _call("separable_conv_backward", [x, *weights, *of_results, *gradients], x, size, eps)
     return gradients
@@ -284,48 +272,21 @@ def _backward(
     *more: Tensor,
 ) -> tuple[Any, ...]:
     x, pointwise, depthwise, mean, var, gamma, beta, *results = ctx.saved_tensors
-    y, mean_y = results or (None, None)
-    if g_mean_y is None and g_var_y is None:
-        y = mean_y = None
-    elif mean_y is not None:
-        g_mean_y = torch.zeros_like(mean_y) if g_mean_y is None else g_mean_y
-        g_var_y = torch.zeros_like(mean_y) if g_var_y is None else g_var_y
     if gy is None:
         p, n, _, h, w = x.shape
         gy = checks.empty_stacked((p, n, pointwise.shape[1], h, w), x).zero_()
     gx, g_pointwise, *rest = launch(
         x, pointwise, depthwise, mean, var, ctx.dilation, ctx.eps,
         gamma, beta, ctx.activation, ctx.has_bias,
-        checks.dense_stacked(gy), y, mean_y, g_mean_y, g_var_y, *map(checks.dense_stacked, more),
+        checks.dense_stacked(gy), *statistics_gradients(results, g_mean_y, g_var_y),
+        *map(checks.dense_stacked, more),
     )  # fmt: skip
     of_weights = [g if g.numel() else None for g in rest]
     return (gx, g_pointwise, *of_weights[:4], None, None, None, *of_weights[4:], None)
 
 
-def _passes_on(args: Sequence[Any]) -> bool:
-    return OP.choose(args) == "cpp" and torch.is_grad_enabled() and args[0].requires_grad
-
-
-class _PassOn(torch.autograd.Function):
-    """separable_conv_cpp and x itself, whose gradient is added to that of the convolution."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        results = torch.ops.pnfs.separable_conv_cpp(*args)
-        _setup_context(ctx, args, results)
-        return (*results, args[0].view_as(args[0]))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        gy, g_mean_y, g_var_y, g_x = grads
-        launch = torch.ops.pnfs.separable_conv_cpp_backward
-        return _backward(launch, ctx, gy, g_mean_y, g_var_y, *(() if g_x is None else (g_x,)))
-
-
 def _can_run(x: Tensor, *_: Any) -> Verdict:
-    if not x.numel():
-        return checks.no("the batch is empty")
-    return checks.has_dtype("x", x.dtype, STORAGE_CPU)
+    return checks.all_of(checks.has_batch(x), checks.has_dtype("x", x.dtype, STORAGE_CPU))
 
 
 def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
@@ -336,13 +297,8 @@ def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
 
 
 OP = register_op("separable_conv", separable_conv_reference)
-_BACKENDS: tuple[tuple[Backend, Any, Any, Any], ...] = (("cpp", _cpp, _cpp_backward, _can_run),)
-for _backend, _fn, _fn_backward, _verdict in _BACKENDS:
-    _name, _devices = f"separable_conv_{_backend}_backward", NATIVE_DEVICES[_backend]
-    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices)
-    _options = {
-        "setup_context": _setup_context,
-        "backward": partial(_backward, _launch),
-        "cost": _cost,
-    }
-    OP.register_native(_backend, _fn, _empty, _verdict, **_options)
+OP.register_differentiable(
+    "cpp", _cpp, _empty, _cpp_backward, _empty_backward, _can_run,
+    setup_context=_setup_context, backward=_backward, cost=_cost,
+)  # fmt: skip
+_PASS_ON = PassOn(OP, _setup_context, _backward)

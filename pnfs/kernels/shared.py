@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from pnfs.kernels.registry import Op
 
 
 @dataclass
@@ -26,3 +31,42 @@ class SharedMap:
 def unshared(x: Tensor | SharedMap) -> Tensor:
     """The map itself."""
     return x.map if isinstance(x, SharedMap) else x
+
+
+class PassOn:
+    """Calls of the `cpp` backend of one op whose first argument is a `SharedMap`.
+
+    Its backward kernel takes a last argument more: a gradient to add to that of its x.
+    """
+
+    def __init__(
+        self, op: Op, setup_context: Callable[..., Any], backward: Callable[..., Any]
+    ) -> None:
+        """`setup_context`, `backward`: those of `Op.register_differentiable`; `backward` takes the
+        gradient to add, if there is one, after those of the results."""
+
+        class Function(torch.autograd.Function):
+            """The op's results and x itself."""
+
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+                results = getattr(torch.ops.pnfs, f"{op.name}_cpp")(*args)
+                setup_context(ctx, args, results)
+                return (*results, args[0].view_as(args[0]))
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> Any:
+                launch = getattr(torch.ops.pnfs, f"{op.name}_cpp_backward")
+                *of_results, of_x = grads
+                return backward(launch, ctx, *of_results, *(() if of_x is None else (of_x,)))
+
+        self._op, self._function = op, Function
+
+    def __call__(self, shared: SharedMap | None, *args: Any) -> Any:
+        """`op(*args)`, args[0] being `shared`'s map; passes the map on where it can be done."""
+        if shared is None or not (torch.is_grad_enabled() and args[0].requires_grad):
+            return self._op(*args)
+        if self._op.choose(args) != "cpp":
+            return self._op(*args)
+        *results, shared.map = self._function.apply(*args)
+        return tuple(results)

@@ -8,7 +8,6 @@ normalises the result on load, so its statistics travel beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,11 +16,10 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
-from pnfs.kernels.batch_norm_act import address
-from pnfs.kernels.batch_stats import batch_stats
+from pnfs.kernels.batch_stats import batch_stats, statistics_gradients
 from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
-from pnfs.kernels.registry import NATIVE_DEVICES, Backend, OpCost, register_op, torch_op
-from pnfs.kernels.shared import SharedMap, unshared
+from pnfs.kernels.registry import OpCost, register_op
+from pnfs.kernels.shared import PassOn, SharedMap, unshared
 
 Forward = tuple[Tensor, Tensor, Tensor]
 
@@ -74,10 +72,7 @@ def strided_conv(
         bias = bias.to(wide)
     checks.check_same_device(x=x, weight=weight, bias=bias)
     args = (checks.as_stacked(x), weight.to(wide), bias, bool(stats))
-    if shared is not None and _passes_on(args):
-        y, mean_y, var_y, shared.map = _PassOn.apply(*args)
-        return y, mean_y, var_y
-    return cast(Forward, OP(*args))
+    return cast(Forward, _PASS_ON(shared, *args))
 
 
 def strided_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None, stats: bool) -> Forward:
@@ -123,19 +118,15 @@ def _empty_backward(x: Tensor, weight: Tensor, has_bias: bool, *_: Tensor | None
 def _call(function: str, tensors: Sequence[Tensor | None], x: Tensor, weight: Tensor) -> None:
     p, n, c, h, w = x.shape
     native.call(
-        "_cpu", function, [address(tensor) for tensor in tensors],
+        "_cpu", function, list(map(checks.address, tensors)),
         (p, n, c, weight.shape[1], h, w, x.stride(0)), checks.DTYPE_CODES[x.dtype],
         shapes=f"x {tuple(x.shape)}, O = {weight.shape[1]}",
     )  # fmt: skip
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None, stats: bool) -> Forward:
     results = _empty(x, weight, bias, stats)
-    _call("strided_conv", [x, weight.contiguous(), _contiguous(bias), *results], x, weight)
+    _call("strided_conv", [x, *checks.contiguous(weight, bias), *results], x, weight)
     return results
 
 
@@ -152,7 +143,7 @@ def _cpp_backward(
 ) -> list[Tensor]:
     """`more` is as x's gradient, and is added to it."""
     gradients = _empty_backward(x, weight, has_bias)
-    of_stats = [y, mean_y, gy, _contiguous(g_mean_y), _contiguous(g_var_y), more]
+    of_stats = [y, mean_y, gy, *checks.contiguous(g_mean_y, g_var_y), more]
     tensors = [x, weight.contiguous(), *of_stats, *gradients]
     _call("strided_conv_backward", tensors, x, weight)
     return gradients
@@ -175,12 +166,6 @@ def _backward(
     *more: Tensor,
 ) -> tuple[Any, ...]:
     x, weight, *results = ctx.saved_tensors
-    y, mean_y = results or (None, None)
-    if g_mean_y is None and g_var_y is None:
-        y = mean_y = None
-    elif mean_y is not None:
-        g_mean_y = torch.zeros_like(mean_y) if g_mean_y is None else g_mean_y
-        g_var_y = torch.zeros_like(mean_y) if g_var_y is None else g_var_y
     if gy is None:
         gy = _empty(x, weight, None, False)[0].zero_()
     gx, g_weight, g_bias = launch(
@@ -188,39 +173,14 @@ def _backward(
         weight,
         ctx.has_bias,
         checks.dense_stacked(gy),
-        y,
-        mean_y,
-        g_mean_y,
-        g_var_y,
+        *statistics_gradients(results, g_mean_y, g_var_y),
         *map(checks.dense_stacked, more),
     )
     return gx, g_weight, g_bias if ctx.has_bias else None, None
 
 
-def _passes_on(args: Sequence[Any]) -> bool:
-    return OP.choose(args) == "cpp" and torch.is_grad_enabled() and args[0].requires_grad
-
-
-class _PassOn(torch.autograd.Function):
-    """strided_conv_cpp and x itself, whose gradient is added to that of the convolution."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        results = torch.ops.pnfs.strided_conv_cpp(*args)
-        _setup_context(ctx, args, results)
-        return (*results, args[0].view_as(args[0]))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        gy, g_mean_y, g_var_y, g_x = grads
-        launch = torch.ops.pnfs.strided_conv_cpp_backward
-        return _backward(launch, ctx, gy, g_mean_y, g_var_y, *(() if g_x is None else (g_x,)))
-
-
 def _can_run(x: Tensor, *_: Any) -> Verdict:
-    if not x.numel():
-        return checks.no("the batch is empty")
-    return checks.has_dtype("x", x.dtype, STORAGE_CPU)
+    return checks.all_of(checks.has_batch(x), checks.has_dtype("x", x.dtype, STORAGE_CPU))
 
 
 def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
@@ -229,13 +189,8 @@ def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
 
 
 OP = register_op("strided_conv", strided_conv_reference)
-_BACKENDS: tuple[tuple[Backend, Any, Any, Any], ...] = (("cpp", _cpp, _cpp_backward, _can_run),)
-for _backend, _fn, _fn_backward, _verdict in _BACKENDS:
-    _name, _devices = f"strided_conv_{_backend}_backward", NATIVE_DEVICES[_backend]
-    _launch = torch_op(_name, _fn_backward, _empty_backward, _devices)
-    _options = {
-        "setup_context": _setup_context,
-        "backward": partial(_backward, _launch),
-        "cost": _cost,
-    }
-    OP.register_native(_backend, _fn, _empty, _verdict, **_options)
+OP.register_differentiable(
+    "cpp", _cpp, _empty, _cpp_backward, _empty_backward, _can_run,
+    setup_context=_setup_context, backward=_backward, cost=_cost,
+)  # fmt: skip
+_PASS_ON = PassOn(OP, _setup_context, _backward)

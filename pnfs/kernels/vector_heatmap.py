@@ -6,7 +6,7 @@ Vectors may be contiguous or channels-last (all parts alike), as a 1×1 convolut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
 from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
-from pnfs.kernels.registry import NATIVE_DEVICES, Backend, register_op, torch_op
+from pnfs.kernels.registry import Backend, register_op
 
 HALVES = (torch.bfloat16, torch.float16)
 MAX_PARTS, MAX_DEPTH = 8, 256  # that a GPU kernel takes
@@ -232,17 +232,16 @@ def can_run_triton(vectors: list[Tensor], *_: Any) -> Verdict:
 OP = register_op("vector_heatmap", vector_heatmap_reference)
 
 
-def _register(backend: Backend, fn: Any, fn_backward: Any, can_run: Any) -> None:
-    gradient = torch_op(
-        f"vector_heatmap_{backend}_backward", fn_backward, _fake_backward, NATIVE_DEVICES[backend]
-    )
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return gradient(grad, list(ctx.saved_tensors), *ctx.table), None, None
-
-    options = {"setup_context": _setup_context, "backward": backward}
-    OP.register_native(backend, fn, _fake, can_run, **options)
+def _backward(launch: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return launch(grad, list(ctx.saved_tensors), *ctx.table), None, None
 
 
-_register("cpp", _cpp, _cpp_backward, can_run_cpp)
-_register("triton", _triton, _triton_backward, can_run_triton)
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any], ...] = (
+    ("cpp", _cpp, _cpp_backward, can_run_cpp),
+    ("triton", _triton, _triton_backward, can_run_triton),
+)
+for _backend, _fn, _fn_backward, _can_run in _BACKENDS:
+    OP.register_differentiable(
+        _backend, _fn, _fake, _fn_backward, _fake_backward, _can_run,
+        setup_context=_setup_context, backward=_backward,
+    )  # fmt: skip

@@ -22,8 +22,7 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import batch_norm_act, batch_stats, native, use_backend
-from pnfs.kernels.batch_norm_act import ACTIVATIONS, Activation
-from pnfs.kernels.checks import STORAGE_CPU
+from pnfs.kernels.checks import ACTIVATIONS, STORAGE_CPU, Activation
 from pnfs.kernels.registry import OpCost, op_costs
 
 DTYPES = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}

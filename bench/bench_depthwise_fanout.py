@@ -41,21 +41,16 @@ def bench_depthwise_fanout(measure: Any, backend: str, device: str, case: str) -
         )  # fmt: skip
         return tuple(tensor for result in results for tensor in result)
 
-    inputs = [map_, *weights, *norm]
-    call = harness.forward_backward(
-        harness.on_backend("torch", run), [tensor.double() for tensor in inputs]
-    )
     measure(
-        harness.Case(
-            op="depthwise_fanout",
-            name=f"{case} {parts}x{batch}x{channels}x{height}x{width} float32 forward+backward",
+        harness.gradient_case(
+            "depthwise_fanout",
+            f"{case} {parts}x{batch}x{channels}x{height}x{width}",
+            run,
+            [map_, *weights, *norm],
             backend=backend,
             device=device,
-            call=harness.forward_backward(harness.on_backend(backend, run), inputs),
-            want=call(),
             tolerance=2e-3,
             # x twice and its gradient, each result written, read, and its gradient read.
             bytes=3 * map_.nbytes + 3 * len(kinds) * map_.nbytes // stride**2,
-            against=harness.references(run, inputs),
         )
     )

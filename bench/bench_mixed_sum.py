@@ -26,21 +26,15 @@ def bench_mixed_sum(measure: Any, backend: str, device: str, level: tuple[int, i
         x, *branches = tensors[:3]
         return mixed_sum(x, branches, tensors[3:5], tensors[5:7], tensors[7], relu=[True, True])
 
-    def call(dtype: torch.dtype, backend: str) -> Any:
-        return harness.forward_backward(
-            harness.on_backend(backend, run), [x.to(dtype) for x in inputs]
-        )
-
     measure(
-        harness.Case(
-            op="mixed_sum",
-            name=f"{parts}x{batch}x{channels}x{height}x{width} float32 forward+backward",
+        harness.gradient_case(
+            "mixed_sum",
+            f"{parts}x{batch}x{channels}x{height}x{width}",
+            run,
+            inputs,
             backend=backend,
             device=device,
-            call=call(torch.float32, backend),
-            want=call(torch.float64, "torch")(),
             tolerance=1e-3,
             bytes=11 * map_.nbytes,
-            against=harness.references(run, inputs),
         )
     )

@@ -30,21 +30,15 @@ def bench_scale_mix(measure: Any, backend: str, device: str, level: tuple[int, i
             relu=True,
         )  # fmt: skip
 
-    def call(dtype: torch.dtype, backend: str) -> Any:
-        return harness.forward_backward(
-            harness.on_backend(backend, run), [x.to(dtype) for x in inputs]
-        )
-
     measure(
-        harness.Case(
-            op="scale_mix",
-            name=f"{parts}x{batch}x{channels}x{height}x{width} float32 forward+backward",
+        harness.gradient_case(
+            "scale_mix",
+            f"{parts}x{batch}x{channels}x{height}x{width}",
+            run,
+            inputs,
             backend=backend,
             device=device,
-            call=call(torch.float32, backend),
-            want=call(torch.float64, "torch")(),
             tolerance=2e-3,
             bytes=8 * map_.nbytes,
-            against=harness.references(run, inputs),
         )
     )

@@ -29,21 +29,15 @@ def bench_separable_conv(
         mean, var = stats
         return separable_conv(x, pointwise, depthwise=depthwise, mean=mean, var=var)
 
-    def call(dtype: torch.dtype, backend: str) -> Any:
-        return harness.forward_backward(
-            harness.on_backend(backend, run), [x.to(dtype) for x in inputs]
-        )
-
     measure(
-        harness.Case(
-            op="separable_conv",
-            name=f"{parts}x{batch}x{channels}x{height}x{width} float32 forward+backward",
+        harness.gradient_case(
+            "separable_conv",
+            f"{parts}x{batch}x{channels}x{height}x{width}",
+            run,
+            inputs,
             backend=backend,
             device=device,
-            call=call(torch.float32, backend),
-            want=call(torch.float64, "torch")(),
             tolerance=2e-3,
             bytes=5 * map_.nbytes,
-            against=harness.references(run, inputs),
         )
     )

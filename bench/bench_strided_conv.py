@@ -26,22 +26,16 @@ def bench_strided_conv(
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
         return strided_conv(x, weight, bias)
 
-    def call(dtype: torch.dtype, backend: str) -> Any:
-        return harness.forward_backward(
-            harness.on_backend(backend, run), [x.to(dtype) for x in inputs]
-        )
-
     measure(
-        harness.Case(
-            op="strided_conv",
-            name=f"{parts}x{batch}x{channels}x{height}x{width} float32 forward+backward",
+        harness.gradient_case(
+            "strided_conv",
+            f"{parts}x{batch}x{channels}x{height}x{width}",
+            run,
+            inputs,
             backend=backend,
             device=device,
-            call=call(torch.float32, backend),
-            want=call(torch.float64, "torch")(),
             tolerance=2e-3,
             bytes=5 * map_.nbytes,
             flops=3 * 2 * weight.numel() * batch * height * width // 4,
-            against=harness.references(run, inputs),
         )
     )

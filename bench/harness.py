@@ -197,6 +197,26 @@ def references(run: Callable[..., Any], inputs: list[Tensor]) -> dict[str, Calla
     }
 
 
+def gradient_case(
+    op: str, name: str, run: Callable[..., Any], inputs: list[Tensor], **fields: Any
+) -> Case:
+    """The case of a differentiable op, forward and backward in float32, beside its reference.
+
+    Args:
+        name: sizes. run: takes `inputs`, float32 on the case's device, and calls the op.
+        fields: the others of `Case`, backend, device, tolerance and bytes among them.
+    """
+    right = forward_backward(on_backend("torch", run), [tensor.double() for tensor in inputs])
+    return Case(
+        op=op,
+        name=f"{name} float32 forward+backward",
+        call=forward_backward(on_backend(fields["backend"], run), inputs),
+        want=right(),
+        against=references(run, inputs),
+        **fields,
+    )
+
+
 def _tuple(output: Any) -> tuple[Tensor, ...]:
     return tuple(output) if isinstance(output, tuple | list) else (output,)
 

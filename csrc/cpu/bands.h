@@ -22,4 +22,14 @@ struct OnLoad {
   std::int64_t activation;  // 0 none, 1 ReLU, 2 ReLU6
 };
 
+// Rows [first, last) of y, one image of a convolution that takes statistics of its result, forward. x
+// and y point to the image.
+struct ForwardBand {
+  const void* x;
+  void* y;
+  std::int64_t first, last;
+  // (O) each, with stats: y without bias is near `shift`; Σ and Σ² of its distance, over the band.
+  float *shift, *sum, *square;
+};
+
 }  // namespace pnfs

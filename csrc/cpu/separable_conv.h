@@ -31,15 +31,6 @@ struct SeparablePart {
   const float* times;      // (O)   gy + add + times·y
 };
 
-// Rows [first, last) of one image, forward. x and y point to the image.
-struct ForwardBand {
-  const void* x;
-  void* y;
-  std::int64_t first, last;
-  // (O) each, with stats: y without bias is near `shift`; Σ and Σ² of its distance, over the band.
-  float *shift, *sum, *square;
-};
-
 // Rows [first, last) of one image, backward. Sums are added to.
 struct BackwardBand {
   const void* x;

@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/bands.h"
+
 namespace pnfs {
 
 constexpr int kTaps = 9;
@@ -27,15 +29,6 @@ struct StridedConvPart {
   const float* bias;    // (O), forward
   const float* add;     // (O), backward: the gradient of the whole y is
   const float* times;   // (O)   gy + add + times·y
-};
-
-// Rows [first, last) of y of one image, forward. x and y point to the image.
-struct StridedConvForward {
-  const void* x;
-  void* y;
-  std::int64_t first, last;
-  // (O) each, with stats: y without bias is near `shift`; Σ and Σ² of its distance.
-  float *shift, *sum, *square;
 };
 
 // Backward: takes the gradient of rows [first, last) of y for the weights, and writes that of the
@@ -65,7 +58,7 @@ struct StridedConvKernels {
   std::size_t (*backward_scratch)(const StridedConvShape&);
   // dtype: see core/dtypes.h; 0 or 1.
   void (*forward)(int dtype, const StridedConvShape&, const StridedConvPart&,
-                  const StridedConvForward&, float* scratch);
+                  const ForwardBand&, float* scratch);
   void (*backward)(int dtype, const StridedConvShape&, const StridedConvPart&,
                    const StridedConvBackward&, float* scratch);
 };

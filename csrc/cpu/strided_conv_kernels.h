@@ -92,7 +92,7 @@ struct Fetch {
 // Stores y of a block, kVecs vectors of channels, and takes its sums.
 template <int kVecs, class T>
 PNFS_INLINE void store_channels(const StridedConvShape& shape, const Sizes& sizes,
-                                const StridedConvPart& part, const StridedConvForward& block,
+                                const StridedConvPart& part, const ForwardBand& block,
                                 const float* from, std::int64_t channel, T* y) {
   Vec bias[kVecs], shift[kVecs], sum[kVecs], square[kVecs];
 #pragma GCC unroll 4
@@ -133,7 +133,7 @@ PNFS_INLINE void store_channels(const StridedConvShape& shape, const Sizes& size
 
 template <class T>
 void forward_block(const StridedConvShape& shape, const StridedConvPart& part,
-                   const StridedConvForward& block, float* memory) {
+                   const ForwardBand& block, float* memory) {
   const Sizes sizes(shape);
   const T* x = static_cast<const T*>(block.x);
   T* y = static_cast<T*>(block.y) + block.first * shape.out_w * shape.o;
@@ -292,7 +292,7 @@ std::size_t backward_scratch(const StridedConvShape& shape) {
 }
 
 void forward(int dtype, const StridedConvShape& shape, const StridedConvPart& part,
-             const StridedConvForward& block, float* scratch) {
+             const ForwardBand& block, float* scratch) {
   dtype == 0 ? forward_block<float>(shape, part, block, scratch)
              : forward_block<BFloat16>(shape, part, block, scratch);
 }

@@ -8,6 +8,7 @@ weights nothing waits for the device: on a GPU that part is replayed as one CUDA
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,11 +88,17 @@ class Stepper:
     """Model, optimiser and loss scale of one process."""
 
     def __init__(
-        self, config: Config, model: nn.Module, strategy: Strategy, device: torch.device
+        self,
+        config: Config,
+        model: nn.Module,
+        strategy: Strategy,
+        device: torch.device,
+        *,
+        fresh: bool = True,
     ) -> None:
-        """Calls `strategy.prepare`; the model must be on `device` already."""
+        """Calls `strategy.prepare` with `fresh`; the model must be on `device` already."""
         self.config, self.model, self.strategy, self.device = config, model, strategy, device
-        groups = strategy.prepare(model)
+        groups = strategy.prepare(model, fresh=fresh)
         by_decay = (groups.weights, config.train.weight_decay), (groups.architecture, 0.0)
         self.optimizer = torch.optim.Adam(
             [{"params": params, "weight_decay": decay} for params, decay in by_decay if params],
@@ -171,6 +178,12 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
         if state:
             self.scaler.load_state_dict(state)
+
+    def _lower_scale(self) -> None:
+        """As GradScaler does after an overflow; for gradients that it has not seen."""
+        if self.scaler.is_enabled():
+            self.scaler.scale(torch.zeros((), device=self.device))  # its first call makes the scale
+            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
 
     def news(self) -> str | None:
         """How steps run on a GPU, once when it is known and when it changes."""
@@ -286,13 +299,19 @@ class Stepper:
             next_held,
             self.gradients,
         )
-        self.strategy.before_step(self._context)
-        inputs = [tensor for batch in taken_batches for tensor in self.inputs(batch)]
-        (report,) = self.work(*inputs)
-        total_loss, images_of_all, taken = report.tolist()
+        if self.strategy.before_step(self._context):
+            inputs = [tensor for batch in taken_batches for tensor in self.inputs(batch)]
+            (report,) = self.work(*inputs)
+            total_loss, images_of_all, taken = report.tolist()
+            if not taken:
+                torch._foreach_copy_(self.buffers, self.buffers_before)
+                self.strategy.undo()
+        else:
+            self._lower_scale()
+            images = float(sum(map(len, taken_batches)))
+            (images_of_all,) = distributed.sum_over_ranks([images], self.device)
+            total_loss, taken = math.nan, False
         self._context = None
-        if not taken:
-            torch._foreach_copy_(self.buffers, self.buffers_before)
         return StepResult(
             loss=total_loss / distributed.world(),
             taken=bool(taken),

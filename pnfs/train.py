@@ -139,9 +139,10 @@ class _Trainer:
 
         seed_random(config.train.seed)  # equal on all ranks, and so are the models
         self.model = build_model(config.model).to(device)
-        self.stepper = Stepper(config, self.model, self.strategy, device)
         self.progress = Progress()
         self.checkpoint = recorder.restore()
+        fresh = self.checkpoint is None
+        self.stepper = Stepper(config, self.model, self.strategy, device, fresh=fresh)
         if self.checkpoint is None:
             self._load_start()
         else:

@@ -6,6 +6,7 @@ The training loop knows strategies only through `Strategy`; α and β are those 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -99,27 +100,36 @@ class Strategy:
         launches the same kernels on the same memory in every step."""
         return True
 
-    def prepare(self, model: nn.Module) -> ParameterGroups:
-        """Set α and β to their start, decide which are frozen, and say what the optimiser trains.
-
-        Where they do not start uniform, heads are scaled to them (see `level_heads`).
+    def prepare(self, model: nn.Module, *, fresh: bool = True) -> ParameterGroups:
+        """Decide whether α and β are frozen, and say what the optimiser trains.
 
         Called once, with the model on its device, before a checkpoint (if any) is loaded.
+
+        Args:
+            fresh: set α and β to their start; false where a checkpoint will give them.
 
         Raises:
             PnfsError: `search.architecture` cannot be read or is of another topology.
         """
         self.model = model
         self.architecture = list(model.architecture_parameters())  # type: ignore[operator]
-        if self.config.search.architecture is not None:
-            load_architecture(model, self.config.search.architecture)
-            level_heads(model, self.architecture, self.config.search.seed)
+        if fresh:
+            self._start(model)
         for parameter in self.architecture:
             parameter.requires_grad_(False)
         return ParameterGroups(self._weights(model))
 
-    def before_step(self, context: StepContext) -> None:
-        """Before the gradients of a weights step: a strategy's own step is taken here."""
+    def before_step(self, context: StepContext) -> bool:
+        """Before the gradients of a weights step: a strategy's own step is taken here.
+
+        Returns:
+            False, on all ranks, where its loss or gradient is not finite: nothing was updated, and
+            the weights' step must not be made either.
+        """
+        return True
+
+    def undo(self) -> None:
+        """Take back what `before_step` updated: the weights' step was not finite."""
 
     def after_backward(self, context: StepContext) -> None:
         """When every `.grad` is complete, before clipping and the step."""
@@ -139,6 +149,12 @@ class Strategy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.stopped_at = state.get("stopped_at")
+
+    def _start(self, model: nn.Module) -> None:
+        """Set α and β to their start; where that is not uniform, heads are scaled to it."""
+        if self.config.search.architecture is not None:
+            load_architecture(model, self.config.search.architecture)
+            level_heads(model, self.architecture, self.config.search.seed)
 
     def _weights(self, model: nn.Module) -> list[nn.Parameter]:
         """All parameters but α and β, told apart by identity."""
@@ -173,11 +189,9 @@ class Random(Strategy):
 
     name = "random"
 
-    def prepare(self, model: nn.Module) -> ParameterGroups:
-        groups = super().prepare(model)
+    def _start(self, model: nn.Module) -> None:
         randomize_(self.architecture, self.config.search.seed)
         level_heads(model, self.architecture, self.config.search.seed)
-        return groups
 
 
 class Synchronous(Strategy):
@@ -189,8 +203,8 @@ class Synchronous(Strategy):
     def capturable(self) -> bool:
         return not self.config.search.macs_penalty
 
-    def prepare(self, model: nn.Module) -> ParameterGroups:
-        groups = super().prepare(model)
+    def prepare(self, model: nn.Module, *, fresh: bool = True) -> ParameterGroups:
+        groups = super().prepare(model, fresh=fresh)
         for parameter in self.architecture:
             parameter.requires_grad_(True)
         return ParameterGroups(groups.weights, self.architecture)
@@ -230,19 +244,20 @@ class Gumbel(Synchronous):
         return first * (last / first) ** (step / sampled)
 
     @torch.no_grad()
-    def before_step(self, context: StepContext) -> None:
+    def before_step(self, context: StepContext) -> bool:
         tau = self.temperature(context.step, context.total_steps)
         if tau is None:
             if context.step and self.temperature(context.step - 1, context.total_steps) is not None:
                 for state in context.optimizer.state.values():
                     for value in state.values():
                         value.zero_()
-            return
+            return True
         generator = np.random.default_rng([self.config.search.seed, context.step])
         self._logits = [parameter.detach().clone() for parameter in self.architecture]
         for parameter in self.architecture:
             noise = torch.from_numpy(generator.gumbel(size=tuple(parameter.shape)))
             parameter.add_(noise.to(parameter)).div_(tau)
+        return True
 
     @torch.no_grad()
     def after_backward(self, context: StepContext) -> None:
@@ -269,23 +284,31 @@ class FirstOrder(Strategy):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.optimizer: Optimizer | None = None
+        self._before: tuple[list[Tensor], dict[str, Any]] | None = None
 
-    def prepare(self, model: nn.Module) -> ParameterGroups:
-        groups = super().prepare(model)
+    def prepare(self, model: nn.Module, *, fresh: bool = True) -> ParameterGroups:
+        groups = super().prepare(model, fresh=fresh)
         if self.architecture:
             self.optimizer = torch.optim.Adam(self.architecture, betas=self.BETAS)
         return groups
 
-    def before_step(self, context: StepContext) -> None:
+    def before_step(self, context: StepContext) -> bool:
+        self._before = None
         if self.optimizer is None or self.stopped_at is not None:
-            return
+            return True
         gradients = self.hypergradient(context, [context.held() for _ in context.batches])
         for gradient, extra in zip(gradients, self._penalty_gradients(), strict=False):
             if gradient is not None:
                 gradient += extra
         finite = [torch.isfinite(g).all() for g in gradients if g is not None]
-        if not finite or not torch.stack(finite).all():
-            return  # as a weights step without a finite gradient: nothing is updated
+        if not finite:
+            return True
+        if not torch.stack(finite).all():
+            return False
+        self._before = (
+            [parameter.detach().clone() for parameter in self.architecture],
+            copy.deepcopy(self.optimizer.state_dict()),
+        )
         for parameter, gradient in zip(self.architecture, gradients, strict=True):
             parameter.grad = gradient
         decay = self.config.search.weight_decay
@@ -293,6 +316,16 @@ class FirstOrder(Strategy):
         for group in self.optimizer.param_groups:
             group["lr"] = context.architecture_rate
         self.optimizer.step()
+        return True
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        if self._before is None or self.optimizer is None:
+            return
+        logits, state = self._before
+        for parameter, before in zip(self.architecture, logits, strict=True):
+            parameter.copy_(before)
+        self.optimizer.load_state_dict(state)
 
     def hypergradient(self, context: StepContext, held: Sequence[Any]) -> list[Tensor | None]:
         """What α and β descend along; equal on all ranks."""
@@ -349,7 +382,7 @@ class SecondOrder(FirstOrder):
                 ]
             )
             norm = math.sqrt(sum(float(x.double().square().sum()) for x in v))
-            if not norm or not math.isfinite(norm):
+            if not norm:
                 return direct
             epsilon = self.EPSILON / norm
             sides = []

@@ -6,6 +6,7 @@ A `PnfsError` is one red line on stderr and exit status 2; Ctrl-C is status 130.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -74,13 +75,20 @@ def _plain_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except PnfsError as error:
-            typer.secho(f"error: {error}", fg="red", err=True)
+            if _is_told_here(error):
+                typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.secho("interrupted", fg="red", err=True)
             raise typer.Exit(130) from None
 
     return guarded
+
+
+def _is_told_here(error: PnfsError) -> bool:
+    """Whether this process prints an error that others of the same torchrun have as well."""
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    return local == 0 if error.rank is None else error.rank == rank
 
 
 @app.command()

@@ -152,7 +152,8 @@ def eval_command(
 
     with distributed.group(select_device(device)) as own:
         people = distributed.from_first(prepare)
-        result = evaluate(load_model(run, own), people, config, device=own, precision=precision)
+        model = distributed.together(lambda: load_model(run, own))
+        result = evaluate(model, people, config, device=own, precision=precision)
         distributed.on_first(report)
     return result
 

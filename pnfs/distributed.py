@@ -39,17 +39,20 @@ def group(device: torch.device) -> Iterator[torch.device]:
     Yields this process's own device. A group that exists already is used, and left as it is.
 
     Raises:
-        PnfsError: more processes than GPUs, or another process of the group is gone.
+        PnfsError: more processes than GPUs, or another process of the group is gone. One that is
+            raised inside is marked as this process's own, where nobody has said whose it is.
     """
     if not launched_by_torchrun() and not dist.is_initialized():
         yield device
         return
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if local >= count:
             raise PnfsError(
-                f"torchrun: local rank {local} has no GPU ({torch.cuda.device_count()} visible); "
-                "lower --nproc-per-node or use --device cpu"
+                f"torchrun: local rank {local} has no GPU ({count} visible); "
+                "lower --nproc-per-node or use --device cpu",
+                rank=int(os.environ.get("RANK", 0)) - local + count,
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -59,11 +62,15 @@ def group(device: torch.device) -> Iterator[torch.device]:
     own = rank()
     try:
         yield device
+    except PnfsError as error:
+        if error.rank is None:
+            error.rank = own
+        raise
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
         raise PnfsError(
-            f"rank {own}: another process of this run is gone; its own last lines say why"
+            f"rank {own}: another process of this run is gone; its own last lines say why", rank=0
         ) from None
     finally:
         if joined:
@@ -85,12 +92,6 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier() -> None:
-    """Wait for the other processes."""
-    if world() > 1:
-        dist.barrier()
-
-
 def from_first(make: Callable[[], T]) -> T:
     """What rank 0 makes, on every rank: any object that can be pickled; it never touches a file.
 
@@ -107,7 +108,7 @@ def from_first(make: Callable[[], T]) -> T:
             box[1] = str(error)
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise PnfsError(box[1])
+        raise PnfsError(box[1], rank=0)
     return cast(T, box[0])
 
 
@@ -118,6 +119,30 @@ def on_first(action: Callable[[], object]) -> None:
         action()
 
     from_first(act)
+
+
+def together(make: Callable[[], T]) -> T:
+    """What every rank makes for itself, rank 0 before the others.
+
+    Raises:
+        PnfsError: that of the first rank where `make` raised one, on every rank.
+    """
+    if world() == 1:
+        return make()
+    made: list[T] = []
+    on_first(lambda: made.append(make()))
+    own: str | None = None
+    if rank() > 0:
+        try:
+            made.append(make())
+        except PnfsError as error:
+            own = str(error)
+    errors: list[str | None] = [None] * world()
+    dist.all_gather_object(errors, own)
+    for number, message in enumerate(errors):
+        if message is not None:
+            raise PnfsError(message, rank=number)
+    return made[0]
 
 
 def copy_from_first(tensors: list[Tensor]) -> None:

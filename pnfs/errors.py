@@ -11,10 +11,15 @@ class PnfsError(ValueError):
 
     The message is a single line: *what* is wrong, *where* (file, field, tensor), *what to do*. The
     command line prints it without a traceback and exits with status 2.
+
+    Attributes:
+        rank: of several processes that torchrun started, the one that prints it; None for what any
+            of them finds before they have joined, which the first of each machine prints.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, rank: int | None = None) -> None:
         super().__init__(" ".join(message.split()))
+        self.rank = rank
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

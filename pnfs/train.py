@@ -141,11 +141,8 @@ class _Trainer:
         self.model = build_model(config.model).to(device)
         self.progress = Progress()
         self.checkpoint = recorder.restore()
-        fresh = self.checkpoint is None
-        self.stepper = Stepper(config, self.model, self.strategy, device, fresh=fresh)
-        if self.checkpoint is None:
-            self._load_start()
-        else:
+        self.stepper = distributed.together(self._make_stepper)
+        if self.checkpoint is not None:
             self._load_checkpoint(self.checkpoint)
         self.stepper.connect()
 
@@ -154,6 +151,14 @@ class _Trainer:
         self.signals = StopSignals()
         self.asked_to_stop = False  # by a signal to any rank, before the end of the last step
         self.last_metrics: dict[str, float] = {}
+
+    def _make_stepper(self) -> Stepper:
+        """With the model as a fresh run starts, unless a checkpoint is to be loaded."""
+        fresh = self.checkpoint is None
+        stepper = Stepper(self.config, self.model, self.strategy, self.device, fresh=fresh)
+        if fresh:
+            self._load_start()
+        return stepper
 
     def _load_start(self) -> None:
         """The weights that a fresh run starts from, where the configuration names some."""
@@ -295,7 +300,8 @@ class _Trainer:
             raise PnfsError(
                 f"train: loss or gradient not finite in {progress.nonfinite_in_a_row} steps in a "
                 f"row, up to step {progress.step}; lower train.lr, set train.grad_clip, or use "
-                "train.precision=fp32, and resume from the last checkpoint"
+                "train.precision=fp32, and resume from the last checkpoint",
+                rank=0,  # all ranks agree on it
             )
         rates = self.clock.rates()
         self.recorder.update(

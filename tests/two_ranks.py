@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import io
 import json
 import os
 import shutil
@@ -30,8 +31,9 @@ from torch import Tensor, nn
 from pnfs import distributed, statefile
 from pnfs import train as training
 from pnfs.checkpoint import list_checkpoints
+from pnfs.cli import main as pnfs_main
 from pnfs.commands import eval_command
-from pnfs.config import Config
+from pnfs.config import Config, dump_config
 from pnfs.data import load_people
 from pnfs.data.samples import SampleMaker
 from pnfs.errors import PnfsError
@@ -293,6 +295,42 @@ def a_full_disk_is_told_on_both_ranks(folder: Path) -> None:
     assert not list_checkpoints(folder / "full")
 
 
+def an_error_is_told_by_one_rank(folder: Path) -> None:
+    """Of the command line, of what rank 0 looks at for all, of what each reads for itself."""
+    own = distributed.rank()
+    file, absent = folder / f"three-epochs-{own}.yaml", folder / "absent"
+    file.write_text(dump_config(three_epochs(folder)))
+    for arguments, message in (
+        (["train", "--resume", "--overwrite"], "exclude each other"),
+        (["train", "--device", "cuda:7"], "CUDA devices are visible"),
+        (["train", "--preset", "tinny"], "did you mean 'tiny'"),
+        (["train", "--config", file, "--out", folder / "whole"], "not empty"),
+        (["train", "--data", f"coco={absent}", "--out", folder / "no-data"], "no such folder"),
+        (
+            ["train", "--config", file, "--architecture", absent, "--out", folder / "new"],
+            "cannot be read",
+        ),
+        (["eval", folder / "nothing"], "no such run folder or file"),
+    ):
+        shown = io.StringIO()
+        with contextlib.redirect_stderr(shown), pytest.raises(SystemExit) as end:
+            pnfs_main(list(map(str, arguments)))
+        assert end.value.code == 2
+        lines = shown.getvalue().splitlines()
+        assert len(lines) == (own == 0), lines
+        assert all(message in line for line in lines), lines
+
+    def make() -> int:
+        if own == 1:
+            raise PnfsError("not on this disk")
+        return own
+
+    with pytest.raises(PnfsError, match="not on this disk") as error:
+        distributed.together(make)
+    assert error.value.rank == 1
+    assert distributed.together(distributed.rank) == own
+
+
 def a_rank_that_fails_takes_the_other_along(folder: Path) -> None:
     """The last check: it breaks the group."""
     own = distributed.rank()
@@ -303,8 +341,9 @@ def a_rank_that_fails_takes_the_other_along(folder: Path) -> None:
 
     with after_each_step(fail):
         expected = "broken file" if own else "rank 0: another process of this run is gone"
-        with pytest.raises(PnfsError, match=expected):
+        with pytest.raises(PnfsError, match=expected) as error:
             train(three_epochs(folder), folder / "failed", quiet=True)
+    assert error.value.rank == own  # each tells its own line
 
 
 CHECKS: dict[str, Callable[[Path], None]] = {
@@ -324,6 +363,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
             one_rank_goes_on_as_two,
             broken_samples_of_both_ranks_are_counted,
             a_full_disk_is_told_on_both_ranks,
+            an_error_is_told_by_one_rank,
             a_rank_that_fails_takes_the_other_along,
         )
     },

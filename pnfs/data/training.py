@@ -25,13 +25,12 @@ class TrainingData:
 
     def __init__(self, config: Config) -> None:
         rank, world = distributed.rank(), distributed.world()
-        if rank:  # rank 0 first, so that synthetic people are rendered once
-            distributed.barrier()
-        skeleton = config.model.skeleton_table
-        self.people = load_people(config.data, skeleton, "train")
-        self.held_out = load_people(config.data, skeleton, "val")
-        if not rank:
-            distributed.barrier()
+        self.people, self.held_out = distributed.together(  # synthetic people are rendered once
+            lambda: [
+                load_people(config.data, config.model.skeleton_table, split)
+                for split in ("train", "val")
+            ]
+        )
         split = config.search.bilevel and config.model.family == "pnfs"
 
         def loader(half: Any) -> Loader:

@@ -221,9 +221,12 @@ class SyncedBatchNormAct2d(BatchNormAct2d):
     """
 
     def normalise_batch(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Statistics]:
-        mean, var, count = _gather(*kernels.batch_stats(x), x.numel() / max(1, x.shape[1]))
+        mean, var, count = self.gather(*kernels.batch_stats(x), x.numel() / max(1, x.shape[1]))
         y, _, _ = self.normalise(x, residual, mean, var)
         return y, (mean, var, count)
+
+    def gather(self, mean: Tensor, var: Tensor, count: float) -> Statistics:
+        return _gather(mean, var, count)
 
 
 def synchronize_batch_norm(model: nn.Module) -> None:

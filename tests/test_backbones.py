@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from torch import Tensor
 from pnfs.backbones import build_backbone
 from pnfs.backbones.base import Backbone
 from pnfs.backbones.hrnet import HRNetPyramid, HRNetTrunk
-from pnfs.backbones.mobilenet_v2 import MobileNetV2
+from pnfs.backbones.mobilenet_v2 import InvertedResidual, MobileNetV2
+from pnfs.backbones.norm import deferred_statistics
 from pnfs.backbones.resnet import ResNet
 from pnfs.backbones.weights import load_backbone_weights, read_state_dict
 from pnfs.config import ModelConfig
@@ -128,6 +130,30 @@ def test_fresh_weights_neither_explode_nor_vanish_and_all_learn(
     for name, parameter in backbone.named_parameters():
         gradient = parameter.grad
         assert gradient is not None and gradient.isfinite().all() and gradient.any(), name
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "stride", "expansion"), [(8, 4, 1, 1), (4, 6, 2, 6), (4, 4, 1, 6)]
+)
+def test_a_block_that_normalises_on_load_is_the_same_layers(
+    inputs: int, outputs: int, stride: int, expansion: int
+) -> None:
+    block = InvertedResidual(inputs, outputs, stride, expansion).double().train()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    blocks = [block, copy.deepcopy(block)]
+    x = torch.randn(3, inputs, 7, 6).double().requires_grad_()
+    results = []
+    for own, run in zip(
+        blocks, (InvertedResidual.normalised_on_load, InvertedResidual.layer_by_layer), strict=True
+    ):
+        with deferred_statistics(own):
+            y = run(own, x)
+        seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).double()
+        gradients = torch.autograd.grad(y, [x, *own.parameters()], seed)
+        results.append([y, *gradients, *own.buffers()])
+    for have, want in zip(*results, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9)
 
 
 # --- files -------------------------------------------------------------------------------------

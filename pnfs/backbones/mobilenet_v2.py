@@ -7,13 +7,15 @@ checkpoints; torchvision's nested one (`features.1.conv.0.0.weight`) is mapped t
 from __future__ import annotations
 
 import re
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from pnfs import kernels
 from pnfs.backbones.base import Backbone
 from pnfs.backbones.norm import BatchNormAct2d
 from pnfs.backbones.weights import init_convolutions
+from pnfs.kernels.shared import SharedMap
 
 # (expansion t, output channels, repeats, first stride), Table IX
 SETTINGS = (
@@ -75,7 +77,8 @@ class MobileNetV2(Backbone):
 class InvertedResidual(nn.Module):
     """1×1 expansion (none for t = 1) → depthwise 3×3 → linear 1×1, plus the input if it fits.
 
-    The identities stand where checkpoints number the activations.
+    The identities stand where checkpoints number the activations. While training on the CPU, the
+    wide maps between the convolutions are normalised where they are read, and stored as they are.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
@@ -99,11 +102,37 @@ class InvertedResidual(nn.Module):
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.device.type == "cpu":
+            return self.normalised_on_load(x)
+        return self.layer_by_layer(x)
+
+    def layer_by_layer(self, x: Tensor) -> Tensor:
         *layers, norm = self.conv
         y = x
         for layer in layers:
             y = layer(y)
         return cast(Tensor, norm(y, x if self.residual else None))
+
+    def normalised_on_load(self, x: Tensor) -> Tensor:
+        """The same in training mode; every convolution takes its result's statistics as well."""
+        *expansion, depthwise, norm, _, projection, last = cast(Any, self.conv)
+        shared = SharedMap(x[None])
+        y = shared.map
+        on_load: dict[str, Any] = {}
+        if expansion:
+            y, mean, var = kernels.separable_conv(shared, expansion[0].weight.flatten(1)[None])
+            on_load = expansion[1].on_load(y, mean, var)
+        taps = depthwise.weight.flatten(0, 1)[None]
+        ((y, mean, var),) = kernels.depthwise_fanout(
+            y, ["conv"], [taps], stride=depthwise.stride[0], **on_load
+        )
+        y, mean, var = kernels.separable_conv(
+            y, projection.weight.flatten(1)[None], **norm.on_load(y, mean, var)
+        )
+        y = y.squeeze(0)
+        mean, var = last.note(y, mean.squeeze(0), var.squeeze(0))
+        residual = shared.map.squeeze(0) if self.residual else None
+        return cast(Tensor, last.normalise(y, residual, mean, var)[0])
 
 
 def _flat_key(key: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,28 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """With the batch's statistics, and these; a subclass that synchronises overrides it."""
         y, mean, var = self.normalise(x, residual, None, None)
         return y, (mean, var, x.numel() / max(1, x.shape[1]))
+
+    def gather(self, mean: Tensor, var: Tensor, count: float) -> Statistics:
+        """Statistics over all processes; a subclass that synchronises them overrides this."""
+        return mean, var, count
+
+    def note(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, var) to normalise `x` (N, C, H, W) with in training mode, given its statistics
+        (C,), `var` biased; the running ones are moved as `forward` moves them."""
+        mean, var, count = self.gather(mean, var, x.numel() / max(1, x.shape[1]))
+        self.latest = mean.detach(), var.detach(), count
+        if not self.deferred:
+            update_running_statistics([self])
+        return mean, var
+
+    def on_load(self, x: Tensor, mean: Tensor, var: Tensor) -> dict[str, Any]:
+        """What a kernel that reads `x` (1, N, C, H, W) takes to normalise and activate it on load;
+        mean and var (1, C) as for `note`."""
+        # squeezed: the gradient of an indexed tensor would be copied
+        mean, var = self.note(x.squeeze(0), mean.squeeze(0), var.squeeze(0))
+        norm = {"mean": mean, "var": var, "gamma": self.weight, "beta": self.bias}
+        stacked = {name: tensor[None] for name, tensor in norm.items()}
+        return {**stacked, "activation": self.activation, "eps": self.eps}
 
     def normalise(
         self, x: Tensor, residual: Tensor | None, mean: Tensor | None, var: Tensor | None

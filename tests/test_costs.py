@@ -164,9 +164,9 @@ def test_traffic_of_the_published_architecture_stays_within_its_bounds() -> None
         pytest.skip("the C++ kernels are not built, see `pnfs info`")
     model = build_model(load_config("ours-1", ["model.input_size=[256, 192]"]).model)
     step = count_costs(model, (256, 192), batch=24, mode="train")
-    assert step.launches <= 450 and step.bytes <= 22e9
+    assert step.launches <= 335 and step.bytes <= 16.7e9
     with torch.autocast("cpu", torch.bfloat16):
-        assert count_costs(model, (256, 192), batch=24, mode="train").bytes <= 12e9
+        assert count_costs(model, (256, 192), batch=24, mode="train").bytes <= 8.4e9
     scores = count_costs(fold(model.eval()), (256, 192), batch=24)
     assert scores.launches <= 150 and scores.bytes <= 6e9
 
@@ -233,11 +233,11 @@ def test_table_of_presets() -> None:
 
 
 def test_training_keeps_less_for_the_backward_pass_than_plain_modules() -> None:
-    """At most 0.6 times the 220 MB an image that `bench/plain_model.py` keeps by the same count."""
+    """Less than half of the 220 MB an image that `bench/plain_model.py` keeps by the same count."""
     model, batch = hollow_preset("ours-1"), 8
     saved = count_costs(model, (256, 192), batch, "train").saved
     with kernels.use_backend("torch"):
         reference = count_costs(model, (256, 192), batch, "train").saved
-    assert reference == pytest.approx(261e6 * batch, rel=0.01)
-    assert saved < 0.6 * 220e6 * batch
+    assert reference == pytest.approx(285e6 * batch, rel=0.01)
+    assert saved < 0.47 * 220e6 * batch
     assert count_costs(model, (256, 192), batch).saved == 0

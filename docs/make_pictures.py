@@ -1,11 +1,15 @@
-"""Draw the pictures of the documentation anew: `python docs/make_pictures.py`.
+"""Draw the pictures of the documentation anew: `python docs/make_pictures.py [DEMO]`.
 
 `images/architecture.png` shows five part fabrics of preset ours-3 with α and β drawn at random by a
 fixed seed; the cells that the paper's Fig. 1 shows as removed are made dead.
+
+`images/predictions.jpg` is a smaller predictions.png of DEMO, the folder of a `pnfs demo`; left as
+it is without one.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +63,15 @@ def architecture(path: Path) -> None:
     ).save(path, optimize=True)
 
 
+def predictions(demo: Path, path: Path) -> None:
+    picture = Image.open(demo / "predictions.png").convert("RGB")
+    width = 1400
+    small = picture.resize((width, round(width * picture.height / picture.width)))
+    small.save(path, quality=85, optimize=True)
+
+
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     architecture(IMAGES / "architecture.png")
+    for demo in sys.argv[1:2]:
+        predictions(Path(demo), IMAGES / "predictions.jpg")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SETTINGS, rows_of, small_config
+from runs import SETTINGS, assert_same_run, rows_of, small_config
 
 from pnfs.checkpoint import load_model, save_weights
 from pnfs.cli import main
@@ -138,7 +138,7 @@ def test_prediction_draws_and_writes(
     assert list((tmp_path / "out").glob("*_poses.*"))
 
 
-def test_a_run_is_pruned_and_the_result_predicts_scores_and_trains_on(
+def test_a_run_is_pruned_and_the_result_predicts_scores_trains_on_and_resumes(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = tmp_path / "small"
@@ -154,9 +154,16 @@ def test_a_run_is_pruned_and_the_result_predicts_scores_and_trains_on(
     assert call("architecture", "show", str(small)) == 0
     assert str(run) not in capsys.readouterr().out.splitlines()[0]
     assert call("eval", str(small)) == 0
+    image = next((run.parent / "people" / "images" / "val").glob("*.jpg"))
+    assert call("predict", str(small), str(image), "--out", str(tmp_path / "poses")) == 0
+    assert len(json.loads((tmp_path / "poses" / "predictions.json").read_text())) == 1
     longer = ["--config", str(small / "config.yaml"), "--set", f"train.weights={small}"]
     assert call("train", *longer, "--out", str(tmp_path / "longer"), "--set", "train.epochs=1") == 0
     assert load_model(tmp_path / "longer").config.pruning == load_model(small).config.pruning
+    config = load_config(small / "config.yaml", [f"train.weights={small}", "train.epochs=1"])
+    train(config, tmp_path / "stopped", quiet=True, stop_at=2)
+    assert call("train", "--resume", "--out", str(tmp_path / "stopped")) == 0
+    assert_same_run(tmp_path / "longer", tmp_path / "stopped")
     assert call("prune", str(run), "--out", str(small)) == 2  # the folder is taken
     assert "not empty" in capsys.readouterr().err
 

@@ -41,7 +41,8 @@ INFRASTRUCTURE = {
     "bench": {"conftest", "harness", "plain_model", "prediction", "report", "gpu", "whole_models"},
 }
 WHOLE_SYSTEM_BENCHES = {"bench_train", "bench_predict", "bench_loader"}
-VARIANTS = ("_avx512", "_avx2", "_portable")  # of one op's source, by instruction set
+# Of one op's source: by instruction set, or its backward kernels in a file of their own.
+VARIANTS = ("_avx512", "_avx2", "_portable", "_backward")
 
 
 def stems(folder: str, suffixes: tuple[str, ...]) -> set[str]:

@@ -1,15 +1,18 @@
-// What both kernels of depthwise_fanout are made of: where a block works, tiles in shared memory,
-// 16-byte loads. Letters as in csrc/cpu/depthwise_fanout.h.
+// What depthwise_fanout's forward and backward kernels share: how the work is cut, where a block
+// works, tiles in shared memory, 16-byte loads. Letters as in csrc/cpu/depthwise_fanout.h.
 //
 // A block has up to kMostGroups groups of four channels and a tile of pixels. A thread has one group
 // and one column of the tile, so that what it loads for one row serves the rows above and below.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 
 #include "core/dtypes.h"
 #include "core/stencils.h"
 #include "cuda/launch.h"
+#include "cuda/ops.h"
 
 namespace pnfs {
 namespace {
@@ -17,6 +20,9 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kMostGroups = 8;
 constexpr int kMostStencils = 8;
+constexpr int kTileRows = 8;                // of x
+constexpr std::int64_t kMostBlocks = 2048;  // backward: each has a row of sums
+constexpr int kSumChannels = 32, kSumSlices = 8;  // of the blocks that add up sums
 constexpr int kAveragePool = 0, kMaxPool = -1;  // other stencils: a convolution's dilation, 1 or 2
 
 struct Stencil {
@@ -173,6 +179,68 @@ __device__ __forceinline__ bool max_wins(float value, float best) {
 
 __device__ __forceinline__ void unpack(float4 from, float* to) {
   to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
+}
+
+using Size = std::array<std::int64_t, 8>;  // as csrc/cpu/ops.h
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// How the work is cut; `results`: tiles cover the results, else x.
+inline Fanout plan(const Size& size, const Integers& stencils, double eps, int dtype, bool results) {
+  Fanout f{};
+  f.p = size[0], f.n = size[1], f.c = size[2], f.x_step = size[5];
+  f.h = static_cast<int>(size[3]), f.w = static_cast<int>(size[4]);
+  f.stride = static_cast<int>(size[6]), f.activation = static_cast<int>(size[7]);
+  f.out_h = (f.h - 1) / f.stride + 1, f.out_w = (f.w - 1) / f.stride + 1;
+  f.eps = static_cast<float>(eps);
+  f.reach = 1;
+  for (const std::int64_t kind : stencils) {
+    f.stencils[f.count++].kind = static_cast<int>(kind);
+    f.convolutions += kind > 0;
+    f.max_pool |= kind == kMaxPool;
+    f.reach = std::max(f.reach, static_cast<int>(kind));
+  }
+  // Whole packets of 16 bytes, in chunks of equal size.
+  const std::int64_t quads = dtype == 0 ? 1 : 2, packets = ceil_div(f.c, 4 * quads);
+  f.chunks = static_cast<int>(ceil_div(packets * quads, kMostGroups));
+  f.groups = static_cast<int>(ceil_div(packets, f.chunks) * quads);
+  const int height = results ? f.out_h : f.h, width = results ? f.out_w : f.w;
+  const int rows = results ? kTileRows / f.stride : kTileRows;
+  f.tiles_w = static_cast<int>(ceil_div(width, results && f.stride == 2 ? 12 : 16));
+  f.columns = static_cast<int>(ceil_div(width, f.tiles_w));
+  f.tiles_h = static_cast<int>(ceil_div(height, rows));
+  f.tiles = f.n * f.tiles_h * f.tiles_w;
+  f.per_block = ceil_div(f.tiles, std::max<std::int64_t>(1, kMostBlocks / (f.p * f.chunks)));
+  f.blocks = ceil_div(f.tiles, f.per_block);
+  return f;
+}
+
+inline int threads_of(const Fanout& f) {
+  return static_cast<int>(ceil_div(f.columns * f.groups, 32)) * 32;
+}
+
+// Whether 16-byte accesses fall on their boundaries.
+inline bool aligned(const Fanout& f, int dtype) {
+  const std::int64_t packet = dtype == 0 ? 4 : 8;
+  auto all = reinterpret_cast<Address>(f.x) | reinterpret_cast<Address>(f.gx);
+  for (int s = 0; s < f.count; ++s) {
+    all |= reinterpret_cast<Address>(f.stencils[s].y) | reinterpret_cast<Address>(f.stencils[s].gy);
+  }
+  return all % 16 == 0 && f.c % packet == 0 && f.x_step % packet == 0;
+}
+
+inline void set_inputs(Fanout& f, Address x, const Addresses& weights,
+                       const std::array<Address, 4>& norm, Address scratch) {
+  f.x = reinterpret_cast<const void*>(x);
+  const float** to[] = {&f.mean, &f.var, &f.gamma, &f.beta};
+  for (int i = 0; i < 4; ++i) *to[i] = reinterpret_cast<const float*>(norm[i]);
+  std::size_t weight = 0;
+  for (int s = 0; s < f.count; ++s) {
+    if (f.stencils[s].kind > 0) {
+      f.stencils[s].taps = reinterpret_cast<const float*>(weights[weight++]);
+    }
+  }
+  f.scratch = reinterpret_cast<float*>(scratch);
 }
 
 }  // namespace

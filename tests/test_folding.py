@@ -116,7 +116,7 @@ def test_pruned_models(preset: str) -> None:
         for fabric in (m for m in model.modules() if isinstance(m, Fabric)):
             fabric.alpha *= 4
             fabric.beta *= 4
-    pruned, report = pnfs.prune(model, threshold=0.05)
+    pruned, report = pnfs.prune(model, 0.05, torch.randn(1, 3, 64, 64))
     assert report.removed_operations
     assert isinstance(pruned, PoseNet)
     check(pruned.eval())

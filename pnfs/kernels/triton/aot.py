@@ -234,17 +234,20 @@ def specialisations(call: Callable[[], Any], arch: int = 90) -> dict[str, set[st
     from triton import knobs
 
     found: dict[str, set[str]] = {}
+    emptied = set()
 
     def note(*, key: str, fn: Any, **_: Any) -> bool:
         found.setdefault(fn.name, set()).add(key)
         return True  # leave it
 
     def look(run: Any, kernel: Any, args: Any, grid: Any, options: Any) -> None:
-        kernel.device_caches.pop(arch, None)
-        with mock.patch.object(knobs.runtime, "jit_cache_hook", note):
-            run(kernel, *args, grid=grid, warmup=True, **options)
+        if kernel not in emptied:  # of what was compiled before, which nobody would be asked about
+            kernel.device_caches.pop(arch, None)
+            emptied.add(kernel)
+        run(kernel, *args, grid=grid, warmup=True, **options)
 
     with (
+        mock.patch.object(knobs.runtime, "jit_cache_hook", note),
         launches_go_to(arch, look),
         torch.autograd.set_multithreading_enabled(False),
         FakeTensorMode(allow_non_fake_inputs=True),

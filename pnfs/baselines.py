@@ -19,6 +19,7 @@ from pnfs.backbones.weights import init_convolutions
 from pnfs.config import ModelConfig
 from pnfs.errors import PnfsError
 from pnfs.head import VectorHead, merge_parts
+from pnfs.running import moved_together
 
 DECONV_CHANNELS = 256
 DECONV_LAYERS = 3
@@ -42,6 +43,7 @@ class Baseline(nn.Module):
         """Images (N, 3, H, W) → per part what its head reads, (N, C, H/4, W/4)."""
         raise NotImplementedError
 
+    @moved_together()
     def vectors(self, images: Tensor) -> list[Tensor]:
         """Images (N, 3, H, W) → per part the vectors (N, K_p, d, H/4, W/4) before the squash."""
         return self.head(self.features(images))

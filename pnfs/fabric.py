@@ -30,7 +30,6 @@ from pnfs.operations import (
     convolve,
     downsample,
     select_parts,
-    share_updates,
 )
 from pnfs.topology import Topology
 
@@ -299,7 +298,6 @@ class Fabric(nn.Module):
         self.cells = nn.ModuleDict(
             {cell.row.name: Cell(cell, self.plan, profile, partial) for cell in self.plan.cells}
         )
-        self.updates = share_updates(self)
 
     def _add_mask(
         self, name: str, logits: Tensor, dropped: frozenset[tuple[int, int, int]]
@@ -330,7 +328,6 @@ class Fabric(nn.Module):
             Per level of the last layer, 1/4 first, (P, N, C, H, W) of the parts in
             `plan.outputs[level]`; None where these are none.
         """
-        self.updates.clear()  # of a pass that was cut off
         features: dict[Place, SharedMap] = {}
         everywhere = tuple(range(self.parts))
         layer = self.topology.input_layer
@@ -353,6 +350,5 @@ class Fabric(nn.Module):
                 select_parts(betas[row.beta_row], everywhere, cell.parts),
             )
             features[place] = SharedMap(output)
-        self.updates.apply()
         places = [(row.layer, row.level) for row in self.topology.output_cells]
         return tuple(features[place].map if place in features else None for place in places)

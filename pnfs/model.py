@@ -10,6 +10,7 @@ from pnfs.config import ModelConfig
 from pnfs.fabric import Fabric
 from pnfs.head import VectorHead, merge_parts
 from pnfs.liveness import Dropped, plan_fabric
+from pnfs.running import moved_together
 from pnfs.topology import build_topology
 
 
@@ -59,6 +60,7 @@ class PoseNet(nn.Module):
         ordered = sorted(fabrics, key=lambda fabric: fabric is not self.fabric)
         return [parameter for fabric in ordered for parameter in fabric.architecture_parameters()]
 
+    @moved_together()
     def vectors(self, images: Tensor) -> list[Tensor]:
         """Images (N, 3, H, W) → per part the vectors (N, K_p, d, H/4, W/4) before the squash."""
         part_features = self.fabric(self.backbone(images))[0]

@@ -19,8 +19,8 @@ from pnfs import kernels
 from pnfs.kernels.checks import as_stacked
 from pnfs.kernels.shared import SharedMap, unshared
 from pnfs.liveness import Parts
+from pnfs.running import move_running_statistics
 
-BN_MOMENTUM = 0.1
 BN_EPS = 1e-5
 
 Normalised = tuple[Tensor, Tensor, Tensor]  # raw map (P, N, C, H, W), mean (P, C), var (P, C)
@@ -94,62 +94,14 @@ class PartConv2d(nn.Module):
         )
 
 
-class RunningUpdates:
-    """Updates of running statistics, made together: a network has hundreds of these small tensors.
-
-    Every normalisation of a network notes its batch's statistics here; the network calls `apply` at
-    the end of its forward pass.
-    """
-
-    def __init__(self) -> None:
-        self.running: list[Tensor] = []
-        self.batch: list[Tensor] = []
-        self.factors: list[float] = []
-
-    def note(
-        self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: float
-    ) -> None:
-        """The statistics of `count` values per channel, `var` biased."""
-        self.running += [running_mean, running_var]
-        self.batch += [mean.detach().to(running_mean.dtype), var.detach().to(running_var.dtype)]
-        self.factors += [1.0, count / max(1.0, count - 1)]  # running variances are unbiased
-
-    def apply(self) -> None:
-        """Move the running statistics, in place."""
-        if self.running:
-            with torch.no_grad():
-                batch = torch._foreach_mul(self.batch, self.factors)
-                torch._foreach_lerp_(self.running, batch, BN_MOMENTUM)
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what was noted."""
-        self.running, self.batch, self.factors = [], [], []
-
-
-def share_updates(module: nn.Module) -> RunningUpdates:
-    """Let all normalisations of `module` note their statistics in one place, the result, instead of
-    moving their own; whoever calls this applies them."""
-    updates = RunningUpdates()
-    for norm in module.modules():
-        if isinstance(norm, PartBatchNorm2d):
-            norm.updates = updates
-    return updates
-
-
 class PartBatchNorm2d(nn.Module):
     """The parameters and running statistics of P batch normalisations, (P, C) each.
 
     Whoever consumes the normalised map applies them (see `pnfs.kernels`).
-
-    Attributes:
-        updates: where batch statistics are noted, see `share_updates`; None moves the running ones
-            at once.
     """
 
     running_mean: Tensor
     running_var: Tensor
-    updates: RunningUpdates | None = None
 
     def __init__(self, parts: int, channels: int, *, affine: bool) -> None:
         super().__init__()
@@ -172,10 +124,7 @@ class PartBatchNorm2d(nn.Module):
         if not self.training:
             return self.running_mean, self.running_var
         mean, var, count = self.gather(mean, var, x_PNCHW.numel() // max(1, mean.numel()))
-        updates = RunningUpdates() if self.updates is None else self.updates
-        updates.note(self.running_mean, self.running_var, mean, var, count)
-        if self.updates is None:
-            updates.apply()
+        move_running_statistics(self.running_mean, self.running_var, mean, var, count)
         return mean, var
 
     def extra_repr(self) -> str:

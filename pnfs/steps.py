@@ -24,6 +24,7 @@ from pnfs.checkpoint import load_optimizer
 from pnfs.config import Config
 from pnfs.data import Batch
 from pnfs.head import pose_loss
+from pnfs.running import left_alone
 from pnfs.search import StepContext, Strategy, decay_gradients
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,11 +148,10 @@ class Stepper:
         keypoints = self.config.model.skeleton_table.num_keypoints
         images = torch.zeros(2, 3, *self.config.model.input_size, device=self.device)
         joints = torch.zeros(2, keypoints, 2, device=self.device)
-        before = [buffer.clone() for buffer in self.buffers]
-        loss = self.loss_module(images, joints, torch.ones(2, keypoints, device=self.device))
+        with left_alone():
+            loss = self.loss_module(images, joints, torch.ones(2, keypoints, device=self.device))
         trained = [parameter for parameter in self.trained if parameter.requires_grad]
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        torch._foreach_copy_(self.buffers, before)
         for parameter, gradient in zip(trained, gradients, strict=True):
             if gradient is None:
                 parameter.requires_grad_(False)
@@ -229,26 +229,25 @@ class Stepper:
         """Gradients of the mean training loss over `batches` of all ranks; see `StepContext`.
 
         Batches are normalised with their own statistics; the running ones, which are for the
-        weights' batches alone, are put back afterwards.
+        weights' batches alone, stay as they are.
         """
         wrapped = isinstance(self.loss_module, DistributedDataParallel)
         module = cast(nn.Module, self.loss_module.module) if wrapped else self.loss_module
         scale = self.scaler.get_scale()  # 1 but for fp16
         flags = [parameter.requires_grad for parameter in parameters]
-        buffers = [buffer.clone() for buffer in self.buffers]
         sums: list[Tensor | None] = [None] * len(parameters)
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             for batch in batches:
-                loss = self.loss(*self.inputs(batch), module) * (scale / len(batches))
+                with left_alone():
+                    loss = self.loss(*self.inputs(batch), module) * (scale / len(batches))
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
                 sums = [
                     new if old is None else old if new is None else old + new
                     for old, new in zip(sums, found, strict=True)
                 ]
         finally:
-            torch._foreach_copy_(self.buffers, buffers)
             for parameter, flag in zip(parameters, flags, strict=True):
                 parameter.requires_grad_(flag)
         sums = [None if g is None else g / scale if scale != 1 else g.clone() for g in sums]

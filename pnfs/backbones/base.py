@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pnfs.backbones.norm import deferred_statistics
 from pnfs.backbones.weights import load_backbone_weights
 
 
@@ -30,11 +29,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images (N, 3, H, W), any layout → the maps."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        if not self.training:
-            return self.maps(images)
-        with deferred_statistics(self):
-            return self.maps(images)
+        return self.maps(images.contiguous(memory_format=torch.channels_last))
 
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """The network, from channels-last images."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pnfs import kernels
 from pnfs.kernels.checks import Activation
+from pnfs.running import move_running_statistics
 
 Statistics = tuple[Tensor, Tensor, float]  # mean and biased variance, (C,) each, of how many values
 
@@ -25,16 +23,13 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def __init__(self, channels: int, activation: Activation = "none") -> None:
         super().__init__(channels)
         self.activation: Activation = activation
-        self.deferred = False  # whether `deferred_statistics` will update the running statistics
-        self.latest: Statistics | None = None  # what it will update them with
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W), channels-last or else copied → act(BN(input) + residual), channels-last."""
         if not self.training:
             return self.normalise(input, residual, self.running_mean, self.running_var)[0]
-        y, self.latest = self.normalise_batch(input, residual)
-        if not self.deferred:
-            update_running_statistics([self])
+        y, statistics = self.normalise_batch(input, residual)
+        self.move_running(statistics)
         return y
 
     def normalise_batch(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Statistics]:
@@ -50,10 +45,20 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """(mean, var) to normalise `x` (N, C, H, W) with in training mode, given its statistics
         (C,), `var` biased; the running ones are moved as `forward` moves them."""
         mean, var, count = self.gather(mean, var, x.numel() / max(1, x.shape[1]))
-        self.latest = mean.detach(), var.detach(), count
-        if not self.deferred:
-            update_running_statistics([self])
+        self.move_running((mean, var, count))
         return mean, var
+
+    def move_running(self, statistics: Statistics) -> None:
+        """Move the running statistics towards a batch's."""
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.momentum is not None
+        move_running_statistics(
+            self.running_mean,
+            self.running_var,
+            *statistics,
+            momentum=self.momentum,
+            batches=self.num_batches_tracked,
+        )
 
     def on_load(self, x: Tensor, mean: Tensor, var: Tensor) -> dict[str, Any]:
         """What a kernel that reads `x` (1, N, C, H, W) takes to normalise and activate it on load;
@@ -80,45 +85,3 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
-
-
-@torch.no_grad()
-def update_running_statistics(norms: list[BatchNormAct2d]) -> None:
-    """Move the running statistics of all `norms` towards their latest batch's, three calls in all.
-
-    As in torch the running variance is unbiased: M / (M - 1) times that of the M values.
-    """
-    norms = [norm for norm in norms if norm.latest is not None]
-    if not norms:
-        return
-    latest, targets, counters = [], [], []
-    for norm in norms:
-        assert norm.latest is not None and norm.num_batches_tracked is not None
-        assert norm.running_mean is not None and norm.running_var is not None
-        latest.append(norm.latest)
-        targets += [norm.running_mean, norm.running_var]
-        counters.append(norm.num_batches_tracked)
-        norm.latest = None
-    corrections = [count / max(1.0, count - 1) for _, _, count in latest]
-    variances = torch._foreach_mul([var for _, var, _ in latest], corrections)
-    means = [mean for mean, _, _ in latest]
-    values = [tensor for pair in zip(means, variances, strict=True) for tensor in pair]
-    momentum = norms[0].momentum
-    assert momentum is not None
-    torch._foreach_lerp_(targets, values, momentum)
-    torch._foreach_add_(counters, 1)
-
-
-@contextmanager
-def deferred_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, the batch normalisations of `module` note their statistics; the running ones are
-    updated at the end, all together. Every one of them may run once."""
-    norms = [norm for norm in module.modules() if isinstance(norm, BatchNormAct2d)]
-    for norm in norms:
-        norm.deferred = True
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.deferred = False
-    update_running_statistics(norms)

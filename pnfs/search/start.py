@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pnfs.model import PoseNet
+from pnfs.running import left_alone
 
 IMAGES = 8  # of noise; batch normalisation makes them as good as real ones for this
 
@@ -31,18 +32,18 @@ def level_heads(model: nn.Module, architecture: Sequence[nn.Parameter], seed: in
     """
     if not isinstance(model, PoseNet) or not any(map(torch.any, architecture)):
         return
-    kept = [*architecture, *model.buffers()]
-    before, training = [tensor.clone() for tensor in kept], model.training
+    before, training = [tensor.clone() for tensor in architecture], model.training
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(IMAGES, 3, *model.config.input_size, generator=generator)
     images = noise.to(architecture[0])
     model.train()
-    lengths = _lengths(model, images)
-    for parameter in architecture:
-        parameter.zero_()
-    uniform = _lengths(model, images)
+    with left_alone():
+        lengths = _lengths(model, images)
+        for parameter in architecture:
+            parameter.zero_()
+        uniform = _lengths(model, images)
     model.train(training)
-    for tensor, old in zip(kept, before, strict=True):
+    for tensor, old in zip(architecture, before, strict=True):
         tensor.copy_(old)
     for conv, wanted, length in zip(model.head.convs, uniform, lengths, strict=True):
         if length > 0:  # a part whose mixes are `zero` alone predicts nothing

@@ -17,6 +17,12 @@ from pnfs.pruning import REMOVAL_LIMIT, prune, remove
 COUNTS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "counts.json"
 
 
+@pytest.fixture(autouse=True)
+def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times in a report are nothing that a test looks at."""
+    monkeypatch.setattr("pnfs.pruning.TIMED_RUNS", 1)
+
+
 def small_config(seed: int = 0, **changes: object) -> ModelConfig:
     """A model of random Θ, P, operations and profile, small enough to build in milliseconds."""
     draw = random.Random(seed)

@@ -73,6 +73,7 @@ def test_a_dry_run_is_no_result(report: ModuleType, tmp_path: Path) -> None:
 def test_predictions_stand_beside_measurements_or_say_that_there_are_none(
     prediction: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prediction, "BATCHES", (24,))
     predicted = list(prediction.steps())
     monkeypatch.setattr(prediction, "steps", lambda: predicted)
     op, case = "training step", "ours-1 256x192 batch 24 fp32"

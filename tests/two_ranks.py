@@ -232,11 +232,10 @@ def a_signal_to_one_rank_stops_both_after_the_same_step(folder: Path) -> None:
     if not own:
         assert "step-00000004" in list_checkpoints(folder / "signalled")[-1].name
         shutil.copytree(folder / "signalled", folder / "two-then-one")
-    result = agreed(folder, "signalled", resume=True)
-    assert result.stopped_by is None
 
 
 def a_signal_to_one_rank_ends_the_evaluation_of_both(folder: Path) -> None:
+    """Of the run above, which goes on and then ends."""
     own, real = distributed.rank(), training.evaluate
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
@@ -246,10 +245,10 @@ def a_signal_to_one_rank_ends_the_evaluation_of_both(folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "evaluate", interrupted)
-        result = agreed(folder, "interrupted")
+        result = agreed(folder, "signalled", resume=True)
     assert result.stopped_by == ("SIGTERM" if own else ANOTHER_RANK)
     assert not result.metrics
-    agreed(folder, "interrupted", resume=True)
+    assert agreed(folder, "signalled", resume=True).stopped_by is None
 
 
 def one_rank_goes_on_as_two(folder: Path) -> None:

@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pnfs.kernels import batch_norm_act
-from pnfs.kernels.batch_norm_act import batch_norm_act_reference
-from pnfs.kernels.checks import ACTIVATIONS
 
 # (channels, height, width) of maps in MobileNetV2 at 256×192.
 MAPS = ((96, 128, 96), (144, 64, 48), (24, 64, 48), (192, 32, 24), (576, 16, 12), (960, 8, 6))
@@ -45,28 +43,16 @@ def bench_batch_norm_act(
         given = {"residual": residual[0]} if residual else {}
         return batch_norm_act(x, weight, bias, activation=activation, **given)[0]
 
-    def call(run: Any, dtype: torch.dtype = torch.float32) -> Any:
-        return harness.forward_backward(run, [tensor.to(dtype) for tensor in inputs])
-
-    def reference(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
-        added = residual[0] if residual else None
-        code = ACTIVATIONS.index(activation)
-        return batch_norm_act_reference(x, weight, bias, None, None, added, code, 1e-5)[0]
-
     measure(
-        harness.Case(
-            op="batch_norm_act",
-            name=f"{batch}x{'x'.join(map(str, map_))} {activation} float32 forward+backward",
+        harness.gradient_case(
+            "batch_norm_act",
+            f"{batch}x{'x'.join(map(str, map_))} {activation}",
+            run,
+            inputs,
+            others={"F.batch_norm": _torch_layers(activation)},
             backend=backend,
             device=device,
-            call=call(harness.on_backend(backend, run)),
-            want=call(reference, torch.float64)(),
             tolerance=1e-3,
             bytes=(8 + len(residual)) * x.nbytes,
-            against={
-                "torch": call(reference),
-                "torch.compile": call(torch.compile(reference)),
-                "F.batch_norm": call(_torch_layers(activation)),
-            },
         )
     )

@@ -52,5 +52,7 @@ def bench_depthwise_fanout(measure: Any, backend: str, device: str, case: str) -
             tolerance=2e-3,
             # x twice and its gradient, each result written, read, and its gradient read.
             bytes=3 * map_.nbytes + 3 * len(kinds) * map_.nbytes // stride**2,
+            # Of the convolutions alone: forward, the input's gradient and the weight's.
+            flops=3 * 2 * 9 * convolutions * map_.numel() // stride**2,
         )
     )

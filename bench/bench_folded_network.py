@@ -50,6 +50,7 @@ def bench_folded_network(
     with torch.inference_mode(), use_backend("torch"):
         want = fold(model.double())(images.double())
         model.float()
+    costs = count_costs(folded, SIZE, batch)
     if contestant == "openvino":
         other = openvino_call(folded, images)
     else:
@@ -65,7 +66,8 @@ def bench_folded_network(
                 call=harness.on_backend(backend, lambda: folded(images)),
                 want=want,
                 tolerance=1e-5,
-                bytes=count_costs(folded, SIZE, batch).bytes,
+                bytes=costs.bytes,
+                flops=2 * batch * costs.conv_macs,
                 against={contestant: other},
             )
         )

@@ -39,5 +39,7 @@ def bench_separable_conv(
             device=device,
             tolerance=2e-3,
             bytes=5 * map_.nbytes,
+            # Each product forward, for the input's gradient and for the weight's.
+            flops=3 * 2 * (9 + channels) * map_.numel(),
         )
     )

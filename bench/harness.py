@@ -158,7 +158,8 @@ def keypoint_vectors(parts: list[tuple[int, ...]], count: int, device: str) -> l
 def forward_backward(run: Callable[..., Any], inputs: list[Tensor]) -> Callable[[], Any]:
     """A call that gives the outputs of `run(*inputs)` and the gradients of all inputs.
 
-    The outputs' gradients are fixed random numbers, the same for every dtype.
+    The outputs' gradients are fixed random numbers, the same for every dtype; that of a scalar, a
+    loss, is 1, as `backward()` makes it.
     """
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     seeds: list[Tensor] = []
@@ -168,7 +169,8 @@ def forward_backward(run: Callable[..., Any], inputs: list[Tensor]) -> Callable[
         if not seeds:
             generator = torch.Generator().manual_seed(1)
             for out in outputs:
-                seed = torch.randn(out.shape, generator=generator)
+                scalar = out.dim() == 0
+                seed = torch.ones(()) if scalar else torch.randn(out.shape, generator=generator)
                 seeds.append(torch.empty_like(out).copy_(seed))
         return (*outputs, *torch.autograd.grad(outputs, leaves, seeds))
 
@@ -198,12 +200,19 @@ def references(run: Callable[..., Any], inputs: list[Tensor]) -> dict[str, Calla
 
 
 def gradient_case(
-    op: str, name: str, run: Callable[..., Any], inputs: list[Tensor], **fields: Any
+    op: str,
+    name: str,
+    run: Callable[..., Any],
+    inputs: list[Tensor],
+    *,
+    others: dict[str, Callable[..., Any]] | None = None,
+    **fields: Any,
 ) -> Case:
     """The case of a differentiable op, forward and backward in float32, beside its reference.
 
     Args:
         name: sizes. run: takes `inputs`, float32 on the case's device, and calls the op.
+        others: further ways to the result of `run` by name, which take the same.
         fields: the others of `Case`, backend, device, tolerance and bytes among them.
     """
     right = forward_backward(on_backend("torch", run), [tensor.double() for tensor in inputs])
@@ -212,7 +221,10 @@ def gradient_case(
         name=f"{name} float32 forward+backward",
         call=forward_backward(on_backend(fields["backend"], run), inputs),
         want=right(),
-        against=references(run, inputs),
+        against={
+            **references(run, inputs),
+            **{way: forward_backward(other, inputs) for way, other in (others or {}).items()},
+        },
         **fields,
     )
 

@@ -112,10 +112,7 @@ def telling(rows: Sequence[Row]) -> list[Row]:
 
 def ratios_of(row: Row) -> dict[str, float]:
     """Ratios to the reference and to its compiled form."""
-    ratios = row["ratio"]
-    found = {"torch": ratios.get("torch"), "compile": ratios.get("compile")}
-    found["compile"] = found["compile"] or ratios.get("torch.compile")
-    return {way: value for way, value in found.items() if value}
+    return {way: row["ratio"][way] for way in ("torch", "compile") if way in row["ratio"]}
 
 
 def chart_ops(rows: Sequence[Row], path: Path) -> None:

@@ -2,9 +2,10 @@
 // has the definition. A map is read from memory once; only the neighbours of its maximum are read
 // again.
 //
-// The argmax keeps, in each of 16 lanes, the largest value and the cell it came from. Lanes are
-// neighbouring cells of a row, or neighbouring keypoints where the layout is channels-last. Other
-// layouts, rows shorter than a vector and unusual numbers of keypoints take a plain loop.
+// The argmax keeps, in each of 16 lanes, the largest value and the block of cells it came from; the
+// cell is looked up in that block at the end. Lanes are neighbouring cells of a row, or neighbouring
+// keypoints where the layout is channels-last. Other layouts, rows shorter than a vector and unusual
+// numbers of keypoints take a plain loop.
 
 #include <algorithm>
 #include <array>
@@ -20,6 +21,8 @@ namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr std::int64_t kSerialElements = 1 << 14;  // below this, threads cost more than work
+constexpr std::int64_t kRowBlock = 8 * kLanes;     // columns of a block where lanes are cells
+constexpr std::int64_t kKeypointBlock = 16;        // and where they are keypoints
 
 using Shape = std::array<std::int64_t, 4>;  // N, K, h, w: sizes, or strides in elements
 
@@ -53,15 +56,21 @@ struct Peak {
   }
 };
 
-// Sixteen of them. Cells come in ascending order, so that a later equal never wins.
-struct PeakLanes {
-  FloatLanes value = FloatLanes{} + kLowest;
-  IntLanes cell = {};
+constexpr FloatLanes kLowestLanes = FloatLanes{} + kLowest;
 
-  void see(FloatLanes v, IntLanes at) {
-    const auto larger = v > value;
-    value = larger ? v : value;
-    cell = larger ? at : cell;
+// NaN in `v` is ignored; `most` has none.
+inline FloatLanes larger(FloatLanes v, FloatLanes most) { return v > most ? v : most; }
+
+// Sixteen of them, of blocks in place of cells. Blocks come in ascending order, so that a later equal
+// never wins. Within a block only the maximum is kept, and blocks do not wait for one another.
+struct PeakLanes {
+  FloatLanes value = kLowestLanes;
+  IntLanes block = {};
+
+  void see(FloatLanes most, std::int64_t at) {
+    const auto higher = most > value;
+    value = higher ? most : value;
+    block = higher ? IntLanes{} + static_cast<std::int32_t>(at) : block;
   }
 };
 
@@ -85,6 +94,23 @@ struct Merged {
     if (b == nullptr) return value;
     const std::int64_t column = p.flip_column(x);
     return (value + load(b + y * p.flip_stride[2] + column * p.flip_stride[3])) * 0.5f;
+  }
+};
+
+// Rows from column `first` on, cut into blocks of up to `size` columns.
+struct Blocks {
+  std::int64_t first, width, size;
+
+  std::int64_t per_row() const { return (width - first + size - 1) / size; }
+
+  // The first cell of block `found.cell` that has the value.
+  template <class T>
+  Peak look_up(Peak found, const Merged<T>& merged) const {
+    const std::int64_t y = found.cell / per_row(), begin = first + found.cell % per_row() * size;
+    const std::int64_t end = std::min(begin + size, width);
+    std::int64_t x = begin;
+    while (x < end && merged(y, x) != found.value) ++x;
+    return {found.value, static_cast<std::int32_t>(x < end ? y * width + x : 0)};
   }
 };
 
@@ -139,18 +165,20 @@ Peak peak_of_rows(const Problem& p, const Merged<T>& merged) {
     h = 1;
   }
   const std::int64_t first = merged.b == nullptr ? 0 : p.shift;
+  const Blocks blocks{first, w, kRowBlock};
   Peak peak;  // of column 0 where the shift makes it a special one
   PeakLanes lanes;
+  std::int64_t block = 0;
   for (std::int64_t y = 0; y < h; ++y) {
     const T* a = merged.a + y * p.stride[2];
-    const IntLanes cells = lane_numbers() + static_cast<std::int32_t>(y * w);
     const auto walk = [&](auto values) {
-      std::int64_t x = first;
-      for (; x + kLanes <= w; x += kLanes) {
-        lanes.see(values(x), cells + static_cast<std::int32_t>(x));
-      }
-      if (x < w) {  // the last lanes again, overlapping
-        lanes.see(values(w - kLanes), cells + static_cast<std::int32_t>(w - kLanes));
+      for (std::int64_t begin = first; begin < w; begin += kRowBlock, ++block) {
+        const std::int64_t end = std::min(begin + kRowBlock, w);
+        FloatLanes most = kLowestLanes;
+        std::int64_t x = begin;
+        for (; x + kLanes <= end; x += kLanes) most = larger(values(x), most);
+        if (x < end) most = larger(values(w - kLanes), most);  // overlaps cells that were seen
+        lanes.see(most, block);
       }
     };
     if (merged.b == nullptr) {
@@ -164,7 +192,10 @@ Peak peak_of_rows(const Problem& p, const Merged<T>& merged) {
       return (load_lanes(a + x) + reversed(load_lanes(last - x - (kLanes - 1)))) * 0.5f;
     });
   }
-  for (int lane = 0; lane < kLanes; ++lane) peak.see(lanes.value[lane], lanes.cell[lane]);
+  Peak found;
+  for (int lane = 0; lane < kLanes; ++lane) found.see(lanes.value[lane], lanes.block[lane]);
+  found = blocks.look_up(found, merged);
+  peak.see(found.value, found.cell);
   return peak;
 }
 
@@ -192,29 +223,37 @@ void decode_keypoint_lanes(const Problem& p, const T* heatmaps, const T* flipped
     source[0][lane] = place(lane);
     if (kGroups == 2) source[1][lane] = place(second + lane);
   }
+  const Blocks blocks{0, w, kKeypointBlock};
+  std::int64_t block = 0;
   for (std::int64_t y = 0; y < h; ++y) {
-    for (std::int64_t x = 0; x < w; ++x) {
-      const T* at = a + y * p.stride[2] + x * p.stride[3];
-      const IntLanes cell = IntLanes{} + static_cast<std::int32_t>(y * w + x);
-      FloatLanes low = {}, high = {};
-      if (kFlip) {
-        const T* other = b + y * p.flip_stride[2] + p.flip_column(x) * p.flip_stride[3];
-        // The walk runs against the memory of `b`, which the hardware does not foresee.
-        __builtin_prefetch(b + (y + 1) * p.flip_stride[2] + x * p.flip_stride[3]);
-        low = load_lanes(other);
-        high = kGroups == 2 ? load_lanes(other + second) : low;
+    for (std::int64_t begin = 0; begin < w; begin += kKeypointBlock, ++block) {
+      const std::int64_t end = std::min(begin + kKeypointBlock, w);
+      FloatLanes most[kGroups];
+      std::fill_n(most, kGroups, kLowestLanes);
+      for (std::int64_t x = begin; x < end; ++x) {
+        const T* at = a + y * p.stride[2] + x * p.stride[3];
+        FloatLanes low = {}, high = {};
+        if (kFlip) {
+          const T* other = b + y * p.flip_stride[2] + p.flip_column(x) * p.flip_stride[3];
+          // The walk runs against the memory of `b`, which the hardware does not foresee.
+          __builtin_prefetch(b + (y + 1) * p.flip_stride[2] + x * p.flip_stride[3]);
+          low = load_lanes(other);
+          high = kGroups == 2 ? load_lanes(other + second) : low;
+        }
+        for (int group = 0; group < kGroups; ++group) {
+          FloatLanes v = load_lanes(at + (group == 0 ? 0 : second));
+          if (kFlip) v = (v + select(low, high, source[group])) * 0.5f;
+          most[group] = larger(v, most[group]);
+        }
       }
-      for (int group = 0; group < kGroups; ++group) {
-        FloatLanes v = load_lanes(at + (group == 0 ? 0 : second));
-        if (kFlip) v = (v + select(low, high, source[group])) * 0.5f;
-        lanes[group].see(v, cell);
-      }
+      for (int group = 0; group < kGroups; ++group) lanes[group].see(most[group], block);
     }
   }
   for (std::int64_t j = 0; j < k; ++j) {
     const PeakLanes& group = lanes[j < kLanes ? 0 : kGroups - 1];
     const std::int64_t lane = j < kLanes ? j : j - second;
-    finish(p, Merged<T>(p, heatmaps, flipped, n, j), n, j, {group.value[lane], group.cell[lane]});
+    const Merged<T> merged(p, heatmaps, flipped, n, j);
+    finish(p, merged, n, j, blocks.look_up({group.value[lane], group.block[lane]}, merged));
   }
 }
 

@@ -48,9 +48,12 @@ def check_tensor(
         PnfsError: names the argument, what it must be and what it is.
     """
     given = tensor.shape
-    if len(given) != len(shape) or any(
-        want is not None and want != have for want, have in zip(shape, given, strict=True)
-    ):
+    fits = len(given) == len(shape)
+    if fits:
+        for want, have in zip(shape, given, strict=True):  # a generator takes twice as long
+            if want is not None and want != have:
+                fits = False
+    if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise PnfsError(f"{name} must have shape ({wanted}), not {tuple(given)}")
     if dtypes and tensor.dtype not in dtypes:

@@ -46,6 +46,7 @@ class _Fabric(Section):
     operations: tuple[str, ...] = ("zero", "skip", "separable", "atrous")
     profile: Profile = "posenfs"
     partial: int = Field(1, ge=1, le=256)  # 1 / partial of the channels pass through the mixes
+    checkpoint: bool = False  # training keeps cells' outputs alone; backward computes the rest anew
 
     @field_validator("operations")
     @classmethod

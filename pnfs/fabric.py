@@ -9,11 +9,13 @@ ReLU of its own.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from pnfs import kernels
 from pnfs.architecture import mixing_weights, new_alpha, new_beta
@@ -31,6 +33,7 @@ from pnfs.operations import (
     downsample,
     select_parts,
 )
+from pnfs.running import left_alone
 from pnfs.topology import Topology
 
 # (layer, level) -> x_PNCHW of the parts that have it
@@ -259,10 +262,13 @@ class Fabric(nn.Module):
         dropped: Dropped | None = None,
         outputs: Mapping[int, Parts] | None = None,
         partial: int = 1,
+        checkpoint: bool = False,
     ) -> None:
         """
         Args:
             partial: see `MixedEdge`; must divide the channels.
+            checkpoint: while training keep only the cells' outputs for the backward pass, which
+                then runs each cell once more: less memory for more time, equal gradients.
             in_channels: channels of the pyramid's levels, or None when a stem feeds layer 0.
             dropped, outputs: what pruning left out, see `plan_fabric`.
         """
@@ -270,7 +276,7 @@ class Fabric(nn.Module):
         self.topology = topology
         self.parts = parts
         self.profile = profile
-        self.partial = partial
+        self.partial, self.checkpoint = partial, checkpoint
         self.plan = plan_fabric(topology, parts, dropped, outputs=outputs)
         self.alpha = new_alpha(topology, parts)
         self.beta = new_beta(topology, parts)
@@ -317,6 +323,31 @@ class Fabric(nn.Module):
         beta = self.beta if self.beta_mask is None else self.beta + self.beta_mask
         return mixing_weights(alpha), mixing_weights(beta)
 
+    def _run(self, cell: Cell, features: Features, alpha_PEO: Tensor, beta_P3: Tensor) -> Tensor:
+        """The output of a cell; `features` then hold what the next reader takes."""
+        if not (self.checkpoint and self.training and torch.is_grad_enabled()):
+            return cast(Tensor, cell(features, alpha_PEO, beta_P3))
+        read = [place for place in cell.sources if place in features]
+
+        def run(alpha_PEO: Tensor, beta_P3: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+            shared = {place: SharedMap(x) for place, x in zip(read, maps, strict=True)}
+            output = cell(shared, alpha_PEO, beta_P3)
+            return output, *(x.map for x in shared.values())
+
+        output, *maps = recomputed(
+            run,
+            alpha_PEO,
+            beta_P3,
+            *(features[place].map for place in read),
+            use_reentrant=False,
+            preserve_rng_state=False,  # cells draw nothing
+            # Running statistics move once a step, with those of the forward pass.
+            context_fn=lambda: (contextlib.nullcontext(), left_alone()),
+        )
+        for place, x in zip(read, maps, strict=True):
+            features[place].map = x
+        return cast(Tensor, output)
+
     def forward(self, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Shared input maps → outputs of the last layer's cells.
 
@@ -344,7 +375,8 @@ class Fabric(nn.Module):
         betas = beta.unbind(1)
         for cell in self.plan.cells:
             row, place = cell.row, (cell.row.layer, cell.row.level)
-            output = self.cells[row.name](
+            output = self._run(
+                cast(Cell, self.cells[row.name]),
                 features,
                 select_parts(alpha, everywhere, cell.parts),
                 select_parts(betas[row.beta_row], everywhere, cell.parts),

@@ -50,6 +50,7 @@ class PoseNet(nn.Module):
             in_channels=self.backbone.channels,
             dropped=dropped,
             partial=config.fabric.partial,
+            checkpoint=config.fabric.checkpoint,
         )
         counts = [len(keypoints) for keypoints in part_table.values()]
         self.head = VectorHead(topology.channels_at(0), counts, config.vector_dim)

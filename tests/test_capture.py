@@ -101,6 +101,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "first-order": ("search.strategy=first-order",),
     "accumulated": ("train.accumulate=3", "train.grad_clip=0.01"),
     "bf16": ("train.precision=bf16",),
+    "checkpointed": ("model.fabric.checkpoint=true",),
 }
 
 

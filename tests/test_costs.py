@@ -241,3 +241,13 @@ def test_training_keeps_less_for_the_backward_pass_than_plain_modules() -> None:
     assert reference == pytest.approx(285e6 * batch, rel=0.01)
     assert saved < 0.47 * 220e6 * batch
     assert count_costs(model, (256, 192), batch).saved == 0
+
+
+def test_checkpointed_cells_keep_less_than_half_for_one_more_forward_pass() -> None:
+    model, batch = hollow_preset("ours-1"), 8
+    plain = count_costs(model, (256, 192), batch, "train")
+    model.fabric.checkpoint = True
+    costs = count_costs(model, (256, 192), batch, "train")
+    assert costs.saved < 0.46 * plain.saved
+    assert plain.launches < costs.launches < 1.25 * plain.launches
+    assert (costs.params, costs.conv_macs) == (plain.params, plain.conv_macs)

@@ -11,6 +11,7 @@ from pnfs.backbones.fabric import FabricBackbone
 from pnfs.config import FABRIC_BACKBONES, OPERATIONS, load_config
 from pnfs.fabric import Fabric, MixedEdge
 from pnfs.folding import fold
+from pnfs.kernels import use_backend
 from pnfs.kernels.checks import as_stacked
 from pnfs.kernels.shared import SharedMap
 from pnfs.model import build_model
@@ -216,3 +217,39 @@ def test_the_memory_format_of_a_model_leaves_the_weights_of_parts_alone():
     stem = model.backbone.stem[0].weight
     assert stem.is_contiguous(memory_format=torch.channels_last)
     assert all(weight.dtype == torch.float64 for weight in model.double().parameters())
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(("hidden", "profile"), [(1, "posenfs"), (2, "paper")])
+def test_checkpointed_cells_give_the_same_bits_and_move_statistics_once(hidden, profile, backend):
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    fabric = _fabric(2, hidden=hidden, profile=profile).to(dtype).train()
+    start = {name: value.clone() for name, value in fabric.state_dict().items()}
+    torch.manual_seed(0)
+    pyramid = tuple(
+        torch.randn(2, c, 32 >> level, 32 >> level, dtype=dtype, requires_grad=True)
+        for level, c in enumerate(CHANNELS)
+    )
+    leaves = [*fabric.parameters(), *pyramid]
+    found = []
+    for checkpoint in (False, True):
+        fabric.load_state_dict(start)
+        fabric.checkpoint = checkpoint
+        with use_backend(backend):
+            for _ in range(2):  # the first backward pass leaves no mark on statistics
+                outputs = [x for x in fabric(pyramid) if x is not None]
+                loss = sum(x.square().mean() for x in outputs)
+                gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found.append([loss, *fabric.buffers(), *gradients])
+        found[-1] = [x if x is None else x.clone() for x in found[-1]]
+    for plain, checkpointed in zip(*found, strict=True):
+        assert (plain is None) == (checkpointed is None)
+        assert plain is None or torch.equal(plain, checkpointed)
+
+
+def test_checkpointed_cells_are_run_once_where_nothing_is_trained():
+    fabric = _fabric(1).eval()
+    pyramid = tuple(torch.randn(1, c, 32 >> i, 32 >> i) for i, c in enumerate(CHANNELS))
+    plain = fabric(pyramid)[0]
+    fabric.checkpoint = True
+    assert torch.equal(fabric(pyramid)[0], plain)

@@ -70,6 +70,7 @@ class FabricBackbone(Backbone):
             dropped=dropped,
             outputs=outputs,
             partial=config.partial,
+            checkpoint=config.checkpoint,
         )
 
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -282,9 +282,9 @@ class _Trainer:
             self._watch_architecture(position)
         for problem in self.data.new_problems():
             self.recorder.line(f"left out: {problem}")
-        news = self.stepper.news()
-        if news is not None:
-            self.recorder.line(news)
+        for news in (self.data.new_notice(), self.stepper.news()):
+            if news is not None:
+                self.recorder.line(news)
         self.clock.add(result)
         if result.taken:
             progress.nonfinite_in_a_row = 0

@@ -20,6 +20,7 @@ from pnfs.data import samples as samples_module
 from pnfs.data.cropcache import CropCache
 from pnfs.data.images import read_image, read_reduced
 from pnfs.data.samples import SampleMaker, touched_region
+from pnfs.data.training import TrainingData
 from pnfs.data.transforms import (
     crop_limits,
     crop_matrix,
@@ -55,7 +56,9 @@ def config(root: Path | str = "unused", size: tuple[int, int] = SIZE, **data) ->
 
 
 def same(first: Batch, second: Batch) -> bool:
-    pairs = ((getattr(first, f.name), getattr(second, f.name)) for f in fields(Batch))
+    """Equal but for what the user is told."""
+    names = [f.name for f in fields(Batch) if f.name != "notices"]
+    pairs = ((getattr(first, name), getattr(second, name)) for name in names)
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
@@ -331,3 +334,22 @@ def test_only_jpegs_are_reduced_and_evaluation_never(people: PeopleDataset, tmp_
         make_loader(people, config(reduced_decode=flag), train=False) for flag in (False, True)
     )
     assert all(same(a, b) for a, b in zip(plain, reduced, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_full_cache_says_so_once_with_its_size_and_what_to_do(
+    people: PeopleDataset, root: Path, tmp_path: Path, workers: int
+) -> None:
+    folder = tmp_path / "cache"
+    data = TrainingData(config(root, cache=str(folder), cache_gb=0.0015, workers=workers))
+    said = []
+    for _ in range(2):
+        for _ in data.loader:
+            said.append(data.new_notice())
+    used = int((folder / "used").read_text())
+    assert 0 < used <= 1_500_000
+    (line,) = filter(None, said)
+    assert line == (
+        f"data.cache: {folder} is full ({used / 1e9:.3g} of 0.0015 GB); people who are not in it "
+        "are decoded in each epoch; raise data.cache_gb to keep them too"
+    )

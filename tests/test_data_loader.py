@@ -101,7 +101,7 @@ def test_dtypes_and_shapes_are_those_of_the_contract(people: PeopleDataset):
     dtypes = {
         f.name: getattr(batch, f.name).dtype
         for f in fields(Batch)
-        if f.name not in ("skipped", "problems")
+        if f.name not in ("skipped", "problems", "notices")
     }
     assert dtypes == {
         "pixels": torch.uint8, "offsets": torch.int64, "sizes": torch.int32,

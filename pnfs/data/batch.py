@@ -45,6 +45,7 @@ class Batch:
         indices: int64 (N,), positions in the dataset's people.
         skipped: broken samples that were left out.
         problems: one line for each of them.
+        notices: lines for the user about how the batch was made.
     """
 
     pixels: Tensor
@@ -58,6 +59,7 @@ class Batch:
     indices: Tensor
     skipped: int = 0
     problems: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -109,7 +111,12 @@ class Batch:
         )
 
 
-def collate(samples: Sequence[Sample], num_keypoints: int, problems: Sequence[str] = ()) -> Batch:
+def collate(
+    samples: Sequence[Sample],
+    num_keypoints: int,
+    problems: Sequence[str] = (),
+    notices: Sequence[str] = (),
+) -> Batch:
     """Join samples; none gives an empty batch."""
 
     def stack(name: str, dtype: Any, *shape: int) -> Tensor:
@@ -134,4 +141,5 @@ def collate(samples: Sequence[Sample], num_keypoints: int, problems: Sequence[st
         indices=stack("index", np.int64),
         skipped=len(problems),
         problems=tuple(problems),
+        notices=tuple(notices),
     )

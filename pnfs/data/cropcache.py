@@ -103,6 +103,7 @@ class CropCache:
     def __init__(self, folder: str | Path, gigabytes: float) -> None:
         self.folder, self.limit = Path(folder), int(gigabytes * 1e9)
         self._stopped = False  # full: this process adds no more
+        self._notice: str | None = None  # why, until it is told
         self._counted = False  # this process has looked at what is there
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +168,7 @@ class CropCache:
         path, part = self._path(key), None
         try:
             if not self._has_room(_file_size(place)):
-                self._stopped = True
+                self._stop_full()
                 return
             path.parent.mkdir(exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, suffix=_PART, delete=False) as file:
@@ -175,13 +176,32 @@ class CropCache:
                 file.write(_HEADER.pack(_MAGIC, key, *place))
                 file.write(pixels.tobytes())
                 file.write(key)
-            self._stopped = not self._add(part, path)
-        except OSError:
-            self._stopped = True
+            if not self._add(part, path):
+                self._stop_full()
+        except OSError as error:
+            self._stop(f"takes no more ({reason(error)})", "make room there or choose another one")
         finally:
             if part is not None:
                 with contextlib.suppress(OSError):
                     part.unlink(missing_ok=True)
+
+    def take_notice(self) -> str | None:
+        """Why this process adds no more, in one line and once; None if it does, or has told."""
+        notice, self._notice = self._notice, None
+        return notice
+
+    def _stop_full(self) -> None:
+        with self._locked() as ledger:
+            used = _number(ledger) or 0
+        size = f"{used / 1e9:.3g} of {self.limit / 1e9:.3g} GB"
+        self._stop(f"is full ({size})", "raise data.cache_gb to keep them too")
+
+    def _stop(self, state: str, advice: str) -> None:
+        self._stopped = True
+        self._notice = (
+            f"data.cache: {self.folder} {state}; people who are not in it are decoded in each "
+            f"epoch; {advice}"
+        )
 
     def _path(self, key: bytes) -> Path:
         name = key.hex()

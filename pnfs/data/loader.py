@@ -29,6 +29,7 @@ from pnfs.errors import PnfsError
 
 __all__ = ["Batch", "Loader", "make_loader"]
 
+Made = tuple[list[Sample], list[str], list[str]]  # samples, problems, notices
 Item = tuple[int, int]  # epoch (or round, see ShardedSampler), index into the people
 Half = Literal["weights", "architecture"]
 MAX_NAMED = 20  # broken samples that are named one by one; the rest are only counted
@@ -104,7 +105,7 @@ class _Samples(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.maker)
 
-    def __getitems__(self, items: Sequence[Item]) -> tuple[list[Sample], list[str]]:
+    def __getitems__(self, items: Sequence[Item]) -> Made:
         samples: list[Sample] = []
         problems: list[str] = []
         for epoch, index in items:
@@ -121,15 +122,17 @@ class _Samples(Dataset[Any]):
                     break
                 except PnfsError:
                     continue
-        return samples, problems
+        notice = self.maker.cache.take_notice() if self.maker.cache is not None else None
+        return samples, problems, [] if notice is None else [notice]
 
 
 class _Collate:
     def __init__(self, num_keypoints: int) -> None:
         self.num_keypoints = num_keypoints
 
-    def __call__(self, made: tuple[list[Sample], list[str]]) -> Batch:
-        return collate(made[0], self.num_keypoints, made[1])
+    def __call__(self, made: Made) -> Batch:
+        samples, problems, notices = made
+        return collate(samples, self.num_keypoints, problems, notices)
 
 
 def _start_worker(_: int) -> None:
@@ -192,6 +195,7 @@ class Loader:
         self.first_problem: str | None = dataset.broken[0] if dataset.broken else None
         self._named: set[str] = set()
         self._unreported: list[str] = []
+        self._notices: list[str] = []
         self._loader: DataLoader[Any] = DataLoader(
             _Samples(maker, sampler.train),
             batch_sampler=sampler,
@@ -249,9 +253,15 @@ class Loader:
         lines, self._unreported = self._unreported, []
         return lines
 
+    def new_notices(self) -> list[str]:
+        """Lines for the user since the last call; every worker may have one about the same."""
+        lines, self._notices = self._notices, []
+        return lines
+
     def __iter__(self) -> Iterator[Batch]:
         sampler = self._sampler
         for batch in self._loader:
+            self._notices += batch.notices
             if batch.skipped:
                 self._count(batch)
             # Before the batch is handed out: a checkpoint made after its step must not repeat it.

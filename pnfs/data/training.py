@@ -39,6 +39,7 @@ class TrainingData:
         self.loader = loader("weights" if split else None)
         self.architecture_loader = loader("architecture") if split else None
         self._held: Iterator[Batch] | None = None
+        self._noticed = False
 
     def held(self) -> Batch:
         """The next batch of the people kept for α and β."""
@@ -50,6 +51,14 @@ class TrainingData:
     def new_problems(self) -> list[str]:
         """One line for each sample left out since the last call."""
         return [line for loader in self._loaders() for line in loader.new_problems()]
+
+    def new_notice(self) -> str | None:
+        """Why the cache takes no more; once, though each worker finds out for itself."""
+        lines = [line for loader in self._loaders() for line in loader.new_notices()]
+        if self._noticed or not lines:
+            return None
+        self._noticed = True
+        return lines[0]
 
     @property
     def skipped(self) -> int:

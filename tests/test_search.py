@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from pnfs.checkpoint import load_model
-from pnfs.config import Config
+from pnfs.config import Config, load_config
 from pnfs.costs import count_costs
 from pnfs.data import Batch
 from pnfs.data.training import TrainingData
@@ -22,6 +22,7 @@ from pnfs.errors import PnfsError
 from pnfs.folding import fold
 from pnfs.model import PoseNet, build_model
 from pnfs.pruning import prune
+from pnfs.schedule import architecture_learning_rate, learning_rate
 from pnfs.search import (
     STRATEGIES,
     Monitor,
@@ -415,3 +416,41 @@ def test_an_overflow_in_fp16_gradients_of_the_architecture_lowers_the_scale(
         held=lambda: broken(data.held()),
     )
     assert not result.taken and stepper.scaler.get_scale() == scale / 2
+
+
+def test_weights_and_architecture_see_other_people_and_the_latters_loader_runs_on(
+    tmp_path: Path,
+) -> None:
+    """It is not restarted in each step, nor with an epoch of the weights."""
+    data = TrainingData(small_config(tmp_path, "search.strategy=first-order"))
+    held_loader = data.architecture_loader
+    assert held_loader is not None
+    count = len(held_loader)
+    assert count > 2
+    trained = [i for batch in data.loader for i in batch.indices.tolist()]
+    held, further = (
+        [i for _ in range(count) for i in data.held().indices.tolist()] for _ in range(2)
+    )
+    images = [{data.people.people[i].image_id for i in people} for people in (trained, held)]
+    assert not images[0] & images[1]
+    for epoch in (held, further):  # nobody twice before everybody once
+        assert len(set(epoch[: len(set(epoch))])) == len(set(epoch)) > count
+    assert held != further
+
+
+def test_the_rate_of_the_architecture_may_stay_while_the_weights_falls() -> None:
+    """Of ours-3, as in the paper; any strategy's can be set."""
+    ours = load_config("ours-3")
+    last = ours.train.epochs * 10 - 1
+    assert learning_rate(ours.train, last, 10) < 0.1 * ours.train.lr
+    assert architecture_learning_rate(ours, last, 10) == ours.train.lr
+    follows = config_for("sync")
+    assert architecture_learning_rate(follows, 7, 10) == learning_rate(follows.train, 7, 10)
+    own = config_for("sync", "search.lr=0.5", "search.lr_schedule=cosine", "train.warmup_steps=0")
+    assert architecture_learning_rate(own, 10, 10) == pytest.approx(0.25)
+    darts = config_for("first-order")
+    assert architecture_learning_rate(darts, 19, 10) == 3e-3
+
+
+def test_the_rule_against_a_collapse_is_off_by_default() -> None:
+    assert all(config_for(name).search.stop_at_skip is None for name in STRATEGIES)

@@ -28,9 +28,11 @@ from pnfs.operations import (
     Normalised,
     PartBatchNorm2d,
     PartConv2d,
+    Pool,
     build_branch,
     convolve,
     downsample,
+    pool_together,
     select_parts,
 )
 from pnfs.running import left_alone
@@ -116,6 +118,10 @@ class MixedEdge(nn.Module):
         self.operations = nn.ModuleDict(
             {n: branch for n, branch in branches.items() if branch is not None}
         )
+        self.pools: dict[Parts, list[str]] = {}  # pools of the same parts read their map once
+        for name, branch in self.operations.items():
+            if isinstance(branch, Pool):
+                self.pools.setdefault(self.users[name], []).append(name)
         self.has_skip = "skip" in self.users
         terms = (["skip"] if self.has_skip else []) + list(self.operations)
         self.columns = [operations.index(name) for name in terms]
@@ -134,11 +140,18 @@ class MixedEdge(nn.Module):
     def _mix(self, shared: SharedMap, alpha_PO: Tensor) -> Tensor:
         if not self.columns:
             return torch.zeros_like(shared.map)
-        branches = []
+        results: dict[str, Normalised] = {}
         for name, branch in self.operations.items():
-            used = self.users[name]
-            y, mean, var = branch(_select_shared(shared, self.parts, used))
-            branches.append([select_parts(tensor, used, self.parts) for tensor in (y, mean, var)])
+            if not isinstance(branch, Pool):
+                results[name] = branch(_select_shared(shared, self.parts, self.users[name]))
+        for used, names in self.pools.items():
+            pools = [cast(Pool, self.operations[name]) for name in names]
+            together = pool_together(_select_shared(shared, self.parts, used), pools)
+            results.update(zip(names, together, strict=True))
+        branches = [
+            [select_parts(tensor, self.users[name], self.parts) for tensor in results[name]]
+            for name in self.operations
+        ]
         return kernels.mixed_sum(
             shared.map if self.has_skip else None,
             [y for y, _, _ in branches],

@@ -9,14 +9,14 @@ shape (P, C), and whoever reads the map normalises it on load.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pnfs import kernels
-from pnfs.kernels.checks import as_stacked
 from pnfs.kernels.shared import SharedMap, unshared
 from pnfs.liveness import Parts
 from pnfs.running import move_running_statistics
@@ -221,11 +221,18 @@ class Pool(nn.Sequential):
 
     def forward(self, x_PNCHW: Tensor | SharedMap) -> Normalised:
         """(P, N, C, H, W) → pooled map of the same shape, mean and var (P, C)."""
-        pool, norm = self
-        x_PNCHW = unshared(x_PNCHW)
-        pooled = pool(x_PNCHW.flatten(0, 1)).unflatten(0, x_PNCHW.shape[:2])
-        assert isinstance(norm, PartBatchNorm2d)
-        return normalised(as_stacked(pooled), norm)
+        return pool_together(x_PNCHW, [self])[0]
+
+
+def pool_together(x_PNCHW: Tensor | SharedMap, pools: Sequence[Pool]) -> list[Normalised]:
+    """The results of several pools of one map, which is read once."""
+    norms = [cast(PartBatchNorm2d, pool[1]) for pool in pools]
+    kinds = ["avg_pool" if isinstance(pool[0], nn.AvgPool2d) else "max_pool" for pool in pools]
+    results = kernels.depthwise_fanout(unshared(x_PNCHW), kinds, stats=norms[0].training)
+    return [
+        (y, *norm.statistics(y, mean, var))
+        for norm, (y, mean, var) in zip(norms, results, strict=True)
+    ]
 
 
 def _average_pool(parts: int, channels: int) -> Pool:

@@ -26,7 +26,7 @@ plotting predict export commands demo cli
 # Files beside those of the ops.
 INFRASTRUCTURE = {
     "pnfs/kernels": {"__init__", "registry", "checks", "native", "shared", "folded_program"},
-    "pnfs/kernels/triton": {"__init__", "aot", "maps"},
+    "pnfs/kernels/triton": {"__init__", "aot", "maps", "separable_kernels"},
     "csrc/cpu": {"cpu_module", "isa"},
     "csrc/cuda": {"cuda_module"},
     "tests/kernels": {

@@ -9,6 +9,7 @@ statistics of an output travel beside it as (P, O) tensors, and its consumer nor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,8 +20,10 @@ from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
 from pnfs.kernels.batch_stats import statistics_gradients
 from pnfs.kernels.checks import ACTIVATIONS, STORAGE, STORAGE_CPU, Activation, Verdict, activate
-from pnfs.kernels.registry import OpCost, register_op
+from pnfs.kernels.registry import Backend, OpCost, register_op
 from pnfs.kernels.shared import PassOn, SharedMap, unshared
+
+TRITON_PIXELS = 2**30  # of a part: Triton kernels count them in 32 bits
 
 
 def separable_conv(
@@ -253,6 +256,65 @@ def _cpp_backward(
     return gradients
 
 
+def _triton(
+    x: Tensor,
+    pointwise: Tensor,
+    depthwise: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    dilation: int,
+    stats: bool,
+    eps: float,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    activation: str = "relu",
+) -> Forward:
+    # Imported at the first call: triton takes a second to load and exists on Linux alone.
+    from pnfs.kernels.triton.separable_conv import launch
+
+    results = _empty(x, pointwise, depthwise, bias, mean, var, dilation, stats, eps)
+    depthwise, bias, *norm = checks.contiguous(depthwise, bias, mean, var, gamma, beta)
+    code = ACTIVATIONS.index(cast(Activation, activation))
+    launch(x, pointwise.contiguous(), depthwise, bias, norm, code, dilation, eps, *results)
+    return results
+
+
+def _triton_backward(
+    x: Tensor,
+    pointwise: Tensor,
+    depthwise: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    dilation: int,
+    eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    activation: str,
+    has_bias: bool,
+    gy: Tensor,
+    y: Tensor | None,
+    mean_y: Tensor | None,
+    g_mean_y: Tensor | None,
+    g_var_y: Tensor | None,
+    more: Tensor | None = None,
+) -> list[Tensor]:
+    """`more` is as x's gradient, and is added to it."""
+    from pnfs.kernels.triton.separable_conv import launch_backward
+
+    gradients = _empty_backward(
+        x, pointwise, depthwise, mean, var, dilation, eps, gamma, beta, activation, has_bias
+    )
+    depthwise, *norm = checks.contiguous(depthwise, mean, var, gamma, beta)
+    code = ACTIVATIONS.index(cast(Activation, activation))
+    of_stats = [y, *checks.contiguous(mean_y, g_mean_y, g_var_y)]
+    launch_backward(
+        x, pointwise.contiguous(), depthwise, norm, code, dilation, eps, has_bias,
+        gy, of_stats, more, gradients,
+    )  # fmt: skip
+    return gradients
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     x, pointwise, depthwise, bias, mean, var, ctx.dilation, stats, ctx.eps, *rest = inputs
     gamma, beta, ctx.activation = rest
@@ -289,6 +351,13 @@ def _can_run(x: Tensor, *_: Any) -> Verdict:
     return checks.all_of(checks.has_batch(x), checks.has_dtype("x", x.dtype, STORAGE_CPU))
 
 
+def _can_run_triton(x: Tensor, *_: Any) -> Verdict:
+    pixels = x.shape[1] * x.shape[3] * x.shape[4]
+    if pixels >= TRITON_PIXELS:
+        return checks.no(f"{pixels} pixels in a part, takes less than {TRITON_PIXELS}")
+    return checks.all_of(checks.has_batch(x), checks.has_dtype("x", x.dtype, STORAGE))
+
+
 def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
     x, pointwise, depthwise = args[:3]
     p, n, c, h, w = x.shape
@@ -296,9 +365,39 @@ def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
     return OpCost(conv_macs=p * n * h * w * macs_of_pixel)
 
 
+def _cost_triton(args: Sequence[Any], outputs: Any) -> OpCost:
+    """One launch, and with statistics one that reads what the first has written for it."""
+    from pnfs.kernels.triton.separable_conv import partial_elements
+
+    stats = bool(args[7])
+    scratch = 2 * 4 * partial_elements(args[0], args[1]) if stats else 0
+    return replace(_cost(args, outputs), launches=1 + stats, scratch=scratch)
+
+
+def _cost_triton_backward(args: Sequence[Any], outputs: Any) -> OpCost:
+    """Two launches, the second to add up what the first has written for it. Between them, with a
+    depthwise convolution, one that reads x again, and the float32 gradient that the first has
+    written."""
+    from pnfs.kernels.triton.separable_conv import partial_elements_backward
+
+    x, pointwise, depthwise, mean, var = args[:5]
+    gamma, beta, _, has_bias = args[7:11]
+    sums = pointwise, depthwise, (mean, var, gamma, beta), has_bias
+    scratch = 2 * 4 * partial_elements_backward(x, *sums)
+    if depthwise is None:
+        return OpCost(2, scratch=scratch)
+    return OpCost(3, scratch=scratch + x.numel() * (x.element_size() + 2 * 4))
+
+
 OP = register_op("separable_conv", separable_conv_reference)
-OP.register_differentiable(
-    "cpp", _cpp, _empty, _cpp_backward, _empty_backward, _can_run,
-    setup_context=_setup_context, backward=_backward, cost=_cost,
-)  # fmt: skip
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any, Any, Any], ...] = (
+    ("cpp", _cpp, _cpp_backward, _cost, None, _can_run),
+    ("triton", _triton, _triton_backward, _cost_triton, _cost_triton_backward, _can_run_triton),
+)
+for _backend, _fn, _fn_backward, _fn_cost, _fn_backward_cost, _verdict in _BACKENDS:
+    OP.register_differentiable(
+        _backend, _fn, _empty, _fn_backward, _empty_backward, _verdict,
+        setup_context=_setup_context, backward=_backward,
+        cost=_fn_cost, cost_backward=_fn_backward_cost,
+    )  # fmt: skip
 _PASS_ON = PassOn(OP, _setup_context, _backward)

@@ -34,9 +34,10 @@ def unshared(x: Tensor | SharedMap) -> Tensor:
 
 
 class PassOn:
-    """Calls of the `cpp` backend of one op whose first argument is a `SharedMap`.
+    """Calls of one op whose first argument is a `SharedMap`.
 
-    Its backward kernel takes a last argument more: a gradient to add to that of its x.
+    The backward kernels of its backends `cpp` and `triton` take a last argument more: a gradient to
+    add to that of x.
     """
 
     def __init__(
@@ -44,29 +45,40 @@ class PassOn:
     ) -> None:
         """`setup_context`, `backward`: those of `Op.register_differentiable`; `backward` takes the
         gradient to add, if there is one, after those of the results."""
-
-        class Function(torch.autograd.Function):
-            """The op's results and x itself."""
-
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-                results = getattr(torch.ops.pnfs, f"{op.name}_cpp")(*args)
-                setup_context(ctx, args, results)
-                return (*results, args[0].view_as(args[0]))
-
-            @staticmethod
-            def backward(ctx: Any, *grads: Tensor | None) -> Any:
-                launch = getattr(torch.ops.pnfs, f"{op.name}_cpp_backward")
-                *of_results, of_x = grads
-                return backward(launch, ctx, *of_results, *(() if of_x is None else (of_x,)))
-
-        self._op, self._function = op, Function
+        self._op = op
+        self._functions: dict[str, type[torch.autograd.Function]] = {
+            backend: _function(f"{op.name}_{backend}", setup_context, backward)
+            for backend in ("cpp", "triton")
+            if backend in op.backends
+        }
 
     def __call__(self, shared: SharedMap | None, *args: Any) -> Any:
         """`op(*args)`, args[0] being `shared`'s map; passes the map on where it can be done."""
         if shared is None or not (torch.is_grad_enabled() and args[0].requires_grad):
             return self._op(*args)
-        if self._op.choose(args) != "cpp":
+        function = self._functions.get(self._op.choose(args))
+        if function is None:
             return self._op(*args)
-        *results, shared.map = self._function.apply(*args)
+        *results, shared.map = function.apply(*args)
         return tuple(results)
+
+
+def _function(
+    name: str, setup_context: Callable[..., Any], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    class Function(torch.autograd.Function):
+        """The op's results and x itself."""
+
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+            results = getattr(torch.ops.pnfs, name)(*args)
+            setup_context(ctx, args, results)
+            return (*results, args[0].view_as(args[0]))
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            launch = getattr(torch.ops.pnfs, f"{name}_backward")
+            *of_results, of_x = grads
+            return backward(launch, ctx, *of_results, *(() if of_x is None else (of_x,)))
+
+    return Function

@@ -30,6 +30,12 @@ from pnfs.kernels import SharedMap, checks, native, separable_conv, use_backend
 from pnfs.kernels.checks import ACTIVATIONS, STORAGE_CPU, Activation, activate
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+INTERPRETED = native.triton_interpreted()  # Triton's kernels run in its interpreter
+if INTERPRETED:  # which cuts bfloat16 off
+    DTYPES[torch.bfloat16] = 2**-6
+# It takes milliseconds per program: few random shapes and small maps.
+EXAMPLES, SIDE = (2, 4) if INTERPRETED else (25, 14)
+SHAPE, OUT = ((2, 1, 36, 5, 4), 20) if INTERPRETED else ((2, 2, 36, 7, 9), 80)
 AFFINE = "depthwise bias normalised gamma beta"
 
 needs_cpp = pytest.mark.skipif(
@@ -39,9 +45,12 @@ needs_cpp = pytest.mark.skipif(
 BACKENDS = [
     pytest.param("torch", "cpu", ""),
     *(pytest.param("cpp", "cpu", isa, marks=needs_cpp) for isa in ("avx512", "avx2", "portable")),
+    pytest.param("triton", "cpu", ""),
+    pytest.param("triton", "cuda", "", marks=pytest.mark.gpu),
 ]
 on_every_backend = pytest.mark.parametrize(("backend", "device", "isa"), BACKENDS)
 on_every_kernel = pytest.mark.parametrize(("backend", "device", "isa"), BACKENDS[1:])
+on_triton = pytest.mark.parametrize(("backend", "device", "isa"), BACKENDS[4:])
 
 
 @dataclass(frozen=True)
@@ -218,10 +227,10 @@ def test_gradcheck_of_the_reference(options: str) -> None:
 def test_equals_the_float64_reference(
     backend: str, device: str, isa: str, dtype: torch.dtype, options: str, stats: bool
 ) -> None:
-    for dilation in (1, 2):
-        case = random_case(
-            (2, 2, 36, 7, 9), 80, options, dilation=dilation, stats=stats, dtype=dtype
-        )
+    if INTERPRETED and dtype != torch.float32 and not stats:
+        pytest.skip("Triton's interpreter: the type changes loads and stores alone")
+    for dilation in (2,) if INTERPRETED else (1, 2):
+        case = random_case(SHAPE, OUT, options, dilation=dilation, stats=stats, dtype=dtype)
         check(case, backend, device, isa)
 
 
@@ -234,21 +243,24 @@ def test_equals_the_float64_reference(
 def test_every_normalisation_and_activation(
     backend: str, device: str, isa: str, dtype: torch.dtype, activation: Activation, options: str
 ) -> None:
-    case = random_case((2, 2, 36, 7, 9), 80, options, activation=activation, dtype=dtype)
+    if INTERPRETED and dtype != torch.float32:
+        pytest.skip("Triton's interpreter: the type changes loads and stores alone")
+    case = random_case(SHAPE, OUT, options, activation=activation, dtype=dtype)
     check(case, backend, device, isa)
 
 
 @on_every_backend
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_any_shape(backend: str, device: str, isa: str, data: st.DataObject) -> None:
-    channels = st.one_of(st.integers(1, 20), st.sampled_from([32, 48, 64, 80, 130]))
+    wide = [32] if INTERPRETED else [32, 48, 64, 80, 130]
+    channels = st.one_of(st.integers(1, 20), st.sampled_from(wide))
     shape = (
-        data.draw(st.integers(1, 8)),
+        data.draw(st.integers(1, 2 if INTERPRETED else 8)),
         data.draw(st.integers(0, 3)),
         data.draw(channels),
-        data.draw(st.integers(1, 9)),
-        data.draw(st.integers(1, 14)),
+        data.draw(st.integers(1, min(SIDE, 9))),
+        data.draw(st.integers(1, SIDE)),
     )
     options = " ".join(data.draw(st.sets(st.sampled_from(["depthwise", "bias", "normalised"]))))
     if "normalised" in options:
@@ -290,13 +302,16 @@ def test_every_way_to_cut_the_work(
     out: int,
     dilation: int,
 ) -> None:
+    if (backend, device) == ("triton", "cpu"):
+        pytest.skip("Triton's interpreter: too many programs")
     check(random_case(shape, out, dilation=dilation), backend, device, isa)
 
 
 @on_every_backend
 def test_a_mean_far_above_the_deviation(backend: str, device: str, isa: str) -> None:
     """Of x and of y: no more digits are lost than the float32 inputs lack already."""
-    case = random_case((2, 3, 20, 16, 15), 24)
+    shape = (1, 3, 20, 16, 15) if INTERPRETED else (2, 3, 20, 16, 15)
+    case = random_case(shape, 24)
     offset = 1e3 * case.var.sqrt()  # type: ignore[union-attr]
     shifted = replace(
         case,
@@ -306,7 +321,7 @@ def test_a_mean_far_above_the_deviation(backend: str, device: str, isa: str) -> 
     )  # type: ignore[operator]
     check(shifted, backend, device, isa)
     # Without a normalisation y inherits the offset: a deviation of 1 about a mean of 1000.
-    plain = random_case((2, 3, 20, 16, 15), 24, "")
+    plain = random_case(shape, 24, "")
     plain = replace(plain, x=plain.x + 1e3, pointwise=plain.pointwise.abs())
     with use_backend("torch"):
         want = call(plain.double())
@@ -319,7 +334,7 @@ def test_a_mean_far_above_the_deviation(backend: str, device: str, isa: str) -> 
 
 @on_every_backend
 def test_any_layout(backend: str, device: str, isa: str) -> None:
-    case = random_case((3, 2, 16, 6, 5), 8)
+    case = random_case((2, 1, 16, 6, 5) if INTERPRETED else (3, 2, 16, 6, 5), 8)
     plain = check(case, backend, device, isa)
     contiguous = check(replace(case, x=case.x.contiguous()), backend, device, isa)
     strided = check(replace(case, x=torch.stack((case.x,) * 2, -1)[..., 0]), backend, device, isa)
@@ -333,7 +348,7 @@ def test_any_layout(backend: str, device: str, isa: str) -> None:
 @on_every_backend
 def test_results_without_a_gradient(backend: str, device: str, isa: str) -> None:
     """A loss of y alone, and one of the statistics alone."""
-    case = random_case((2, 2, 16, 5, 6), 24)
+    case = random_case((1, 1, 16, 5, 6) if INTERPRETED else (2, 2, 16, 5, 6), 24)
     for kept in (slice(0, 1), slice(1, 2), slice(2, 3)):
 
         def some(*leaves: Tensor, kept: slice = kept, case: Case = case) -> tuple[Tensor, ...]:
@@ -350,8 +365,9 @@ def test_results_without_a_gradient(backend: str, device: str, isa: str) -> None
 @on_every_backend
 def test_two_in_a_row_are_a_separable_convolution(backend: str, device: str, isa: str) -> None:
     """Statistics of the first go to the second: together the gradient of a batch normalisation."""
-    first = random_case((2, 3, 16, 6, 5), 24, "depthwise")
-    second = random_case((2, 3, 24, 6, 5), 16, "depthwise")
+    p, n = (1, 1) if INTERPRETED else (2, 3)
+    first = random_case((p, n, 16, 6, 5), 24, "depthwise")
+    second = random_case((p, n, 24, 6, 5), 16, "depthwise")
 
     def chain(*leaves: Tensor) -> tuple[Tensor, ...]:
         x, pointwise, depthwise, pointwise_2, depthwise_2 = leaves
@@ -378,7 +394,11 @@ def test_gradients_of_a_map_with_several_readers(
     backend: str, device: str, isa: str, options: str, dtype: torch.dtype
 ) -> None:
     """Two convolutions read x, and after them a square, or nothing."""
-    case = random_case((2, 3, 20, 9, 7), 16, options, dtype=dtype)
+    if INTERPRETED and dtype != torch.float32:
+        pytest.skip("Triton's interpreter: the type changes loads and stores alone")
+    case = random_case(
+        (1, 1, 20, 5, 4) if INTERPRETED else (2, 3, 20, 9, 7), 16, options, dtype=dtype
+    )
 
     def readers(share: bool, used: bool) -> Any:
         def call_all(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -435,6 +455,49 @@ def test_without_stats_there_are_none() -> None:
         with use_backend(backend):
             _, mean, var = separable_conv(case.x, case.pointwise, stats=False)
         assert mean.shape == var.shape == (0,)
+
+
+@on_triton
+@pytest.mark.parametrize("options", ["bias", "depthwise normalised gamma beta"])
+def test_float16_on_a_gpu(backend: str, device: str, isa: str, options: str) -> None:
+    case = random_case((2, 2, 20, 5, 6), 24, options, dtype=torch.float16)
+    check(case, backend, device, isa)
+
+
+@on_triton
+def test_triton_writes_every_value_and_the_same_in_every_run(
+    backend: str, device: str, isa: str
+) -> None:
+    for case in (random_case((2, 1, 20, 5, 7), 24), random_case((1, 1, 3, 1, 1), 2, "")):
+        with using(backend, isa), memory_filled_with_nan():
+            first, second = (run(case, device) for _ in range(2))
+        assert not any(tensor.isnan().any() for tensor in first)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@on_triton
+@pytest.mark.parametrize("options", ["", AFFINE])
+def test_opcheck_of_triton(backend: str, device: str, isa: str, options: str) -> None:
+    case = random_case((2, 1, 5, 3, 4), 6, options)
+    tensors = (case.x, case.pointwise, case.depthwise, case.bias, case.mean, case.var)
+    tensors = tuple(None if tensor is None else tensor.to(device) for tensor in tensors)
+    affine = [None if tensor is None else tensor.to(device) for tensor in (case.gamma, case.beta)]
+    opcheck("separable_conv_triton", *tensors, 1, True, 1e-5, *affine, "relu")
+
+
+def test_what_a_gpu_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "backend_available", lambda *_: (True, ""))
+    monkeypatch.setattr(native, "backend_fits", lambda *_: (True, ""))
+    case = random_case((1, 1, 2, 1, 1), 2)
+    pixels = torch.empty(1, 2**10, 2**10, 2**10, 2, device="meta").permute(0, 1, 4, 2, 3)
+    meta = case.with_tensors(tuple(tensor.to("meta") for tensor in case.tensors.values()))
+    for other, message in [
+        (case.double(), "x is float64, takes float32, bfloat16, float16"),
+        (replace(case, x=case.x[:, :0]), "the batch is empty"),
+        (replace(meta, x=pixels), "1073741824 pixels in a part, takes less than 1073741824"),
+    ]:
+        with use_backend("triton"), pytest.raises(PnfsError, match=message):
+            call(other)
 
 
 @needs_cpp

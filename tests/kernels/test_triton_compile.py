@@ -52,6 +52,16 @@ def batch_stats(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return mean + var
 
 
+def separable_conv(shape: tuple[int, ...], out: int, whole: bool, dtype: torch.dtype) -> Tensor:
+    p, _, c, _, _ = shape
+    names = ("mean", "var", "gamma", "beta") if whole else ()
+    norm = {name: per_channel(p, c) for name in names}
+    stencil = {"depthwise": per_channel(p, c, 3, 3)} if whole else {"bias": per_channel(p, out)}
+    x, weights = maps(*shape, dtype), per_channel(p, out, c)
+    y, mean, var = kernels.separable_conv(x, weights, **stencil, **norm)
+    return y.float().sum() + mean.sum() + var.sum()
+
+
 def mixed_sum(shape: tuple[int, ...], branches: int, dtype: torch.dtype) -> Tensor:
     def stats() -> list[Tensor]:
         return [per_channel(shape[0], shape[2]) for _ in range(branches)]
@@ -106,6 +116,9 @@ def calls_of_ops() -> Iterator[tuple[str, Call]]:
         for given_stats in (False, True):
             for shape in ((24, 40, 64, 48), (1, 1, 1, 1)):
                 yield "batch_norm_act", partial(batch_norm_act, shape, given_stats, dtype)
+        for whole in (False, True):
+            yield "separable_conv", partial(separable_conv, (3, 24, 40, 16, 12), 40, whole, dtype)
+    yield "separable_conv", partial(separable_conv, (1, 1, 1, 1, 1), 1, True, fp32)
     yield "batch_stats", partial(batch_stats, (1, 1, 1, 1, 1), fp32)
     for dtype in HALF:
         yield "mixed_sum", partial(mixed_sum, (3, 24, 40, 64, 48), 7, dtype)
@@ -147,7 +160,7 @@ def test_the_kernels_of_whole_steps_compile_without_spills(
     check(usages)
     names = {usage.op for usage in usages}
     wanted = {"decode_heatmaps"} if step == "evaluation" else {"vector_heatmap_loss"}
-    wanted |= {"batch_norm_act", "mixed_sum", "scale_mix"}
+    wanted |= {"batch_norm_act", "mixed_sum", "scale_mix", "separable_conv"}
     assert names >= wanted | ({"batch_stats"} if step == "training step" else set())
 
 

@@ -172,12 +172,11 @@ def test_traffic_of_the_published_architecture_stays_within_its_bounds() -> None
 
 
 def test_launches_of_a_step_on_a_gpu() -> None:
-    """ours-1 on the Triton kernels, any batch. Without a GPU the CUDA kernels do not count, and
-    `depthwise_fanout` runs as its reference, which makes most of these launches."""
+    """ours-1 on the Triton kernels, any batch; before `separable_conv` had some: 1,723."""
     pytest.importorskip("triton", reason="triton is not installed")
     model = hollow_preset("ours-1")
     step = count_costs(model, (256, 192), batch=24, mode="train", device="cuda")
-    assert step.launches <= 999 and step.bytes <= 30.5e9
+    assert step.launches <= 628 and step.bytes <= 25e9
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:

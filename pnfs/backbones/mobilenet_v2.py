@@ -15,6 +15,7 @@ from pnfs import kernels
 from pnfs.backbones.base import Backbone
 from pnfs.backbones.norm import BatchNormAct2d
 from pnfs.backbones.weights import init_convolutions
+from pnfs.kernels import native
 from pnfs.kernels.shared import SharedMap
 
 # (expansion t, output channels, repeats, first stride), Table IX
@@ -102,7 +103,7 @@ class InvertedResidual(nn.Module):
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.device.type == "cpu":
+        if self.training and native.device_for_auto(x.device.type) == "cpu":
             return self.normalised_on_load(x)
         return self.layer_by_layer(x)
 

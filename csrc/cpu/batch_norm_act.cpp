@@ -120,29 +120,6 @@ struct Normalisation {
   }
 };
 
-// Mean and variance of x over its pixels. A channel of a row of whole vectors stands in several
-// columns, each of as many pixels: their statistics are merged.
-void statistics(Address x, Address mean, Address var, const std::array<std::int64_t, 2>& size,
-                int dtype) {
-  const RowCut rows(size[0], size[1]);
-  if (rows.pixels_per_row == 1 || rows.single_rows > 0 || rows.full_rows == 0) {
-    return batch_stats(x, 0, mean, var, {1, size[0], size[1]}, dtype);
-  }
-  std::vector<float> columns(2 * rows.width);
-  const float *means = columns.data(), *variances = means + rows.width;
-  batch_stats(x, 0, reinterpret_cast<Address>(means), reinterpret_cast<Address>(variances),
-              {1, rows.full_rows, rows.width}, dtype);
-  const double share = 1.0 / static_cast<double>(rows.pixels_per_row);
-  std::vector<double> mean_of(rows.channels), var_of(rows.channels);
-  rows.for_row([&](std::int64_t c, std::int64_t i) { mean_of[c] += share * means[i]; });
-  rows.for_row([&](std::int64_t c, std::int64_t i) {
-    const double apart = means[i] - mean_of[c];
-    var_of[c] += share * (variances[i] + apart * apart);
-  });
-  std::copy(mean_of.begin(), mean_of.end(), reinterpret_cast<float*>(mean));
-  std::copy(var_of.begin(), var_of.end(), reinterpret_cast<float*>(var));
-}
-
 // Σ gv and Σ gv·(x - mean), (C) each in float64; writes gv unless it is 0.
 std::array<std::vector<double>, 2> gradient_sums(const Normalisation& norm, Address gy, Address x,
                                                  Address residual, Address gv) {
@@ -178,7 +155,7 @@ std::array<std::vector<double>, 2> gradient_sums(const Normalisation& norm, Addr
 void batch_norm_act(Address x, Address residual, const std::array<Address, 4>& norm, Address y,
                     const std::array<std::int64_t, 2>& size, bool batch, double eps,
                     int activation, int dtype) {
-  if (batch) statistics(x, norm[0], norm[1], size, dtype);
+  if (batch) batch_stats(x, 0, norm[0], norm[1], {1, size[0], size[1]}, dtype);
   const Normalisation normalisation(norm, size, eps, activation, dtype);
   const bool streams = normalisation.streams(y);
   normalisation.for_units([&](std::int64_t unit) {

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "cpu/mix_driver.h"
@@ -57,10 +58,8 @@ struct UnitSpread {
   }
 };
 
-}  // namespace
-
-void batch_stats(Address x, std::int64_t part_stride, Address mean, Address variance,
-                 const Size& size, int dtype) {
+void column_stats(Address x, std::int64_t part_stride, float* mean, float* variance,
+                  const Size& size, int dtype) {
   const std::int64_t parts = size[0], channels = size[2];
   const Cut cut(size[1], channels);
   const std::int64_t units = size[1] == 0 ? 0 : parts * cut.units_per_part;
@@ -92,11 +91,43 @@ void batch_stats(Address x, std::int64_t part_stride, Address mean, Address vari
         total.merge(before, c, count, more.mean[c], more.squares[c]);
       }
     }
-    float* means = reinterpret_cast<float*>(mean) + p * channels;
-    float* variances = reinterpret_cast<float*>(variance) + p * channels;
     for (std::int64_t c = 0; c < channels; ++c) {
-      means[c] = static_cast<float>(size[1] == 0 ? kNan : total.mean[c]);
-      variances[c] = static_cast<float>(size[1] == 0 ? kNan : total.squares[c] / pixels);
+      const std::int64_t at = p * channels + c;
+      mean[at] = static_cast<float>(size[1] == 0 ? kNan : total.mean[c]);
+      variance[at] = static_cast<float>(size[1] == 0 ? kNan : total.squares[c] / pixels);
+    }
+  }
+}
+
+}  // namespace
+
+// A channel count that is no multiple of a vector's fills rows of several pixels: each channel then
+// stands in several columns of as many pixels, whose statistics are merged.
+void batch_stats(Address x, std::int64_t part_stride, Address mean, Address variance,
+                 const Size& size, int dtype) {
+  const std::int64_t parts = size[0], channels = size[2];
+  const std::int64_t pixels_per_row = kGroup / std::gcd(channels, kGroup);
+  const std::int64_t width = channels * pixels_per_row;
+  float* const to_mean = reinterpret_cast<float*>(mean);
+  float* const to_variance = reinterpret_cast<float*>(variance);
+  if (pixels_per_row == 1 || size[1] == 0 || size[1] % pixels_per_row != 0) {
+    return column_stats(x, part_stride, to_mean, to_variance, size, dtype);
+  }
+  std::vector<float> columns(2 * parts * width);
+  const float *means = columns.data(), *variances = means + parts * width;
+  column_stats(x, part_stride, columns.data(), columns.data() + parts * width,
+               {parts, size[1] / pixels_per_row, width}, dtype);
+  const double share = 1.0 / static_cast<double>(pixels_per_row);
+  for (std::int64_t p = 0; p < parts; ++p, means += width, variances += width) {
+    for (std::int64_t c = 0; c < channels; ++c) {
+      double mean_of = 0, variance_of = 0;
+      for (std::int64_t i = c; i < width; i += channels) mean_of += share * means[i];
+      for (std::int64_t i = c; i < width; i += channels) {
+        const double apart = means[i] - mean_of;
+        variance_of += share * (variances[i] + apart * apart);
+      }
+      to_mean[p * channels + c] = static_cast<float>(mean_of);
+      to_variance[p * channels + c] = static_cast<float>(variance_of);
     }
   }
 }

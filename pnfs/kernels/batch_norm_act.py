@@ -194,7 +194,7 @@ def _cpp_backward(
     native.call(
         "_cpu", "batch_norm_act_backward",
         gy.data_ptr(), x.data_ptr(), checks.address(residual), checks.addresses(norm),
-        gx.data_ptr(), checks.address(g_residual), list(map(checks.address, small)), _size(x),
+        gx.data_ptr(), checks.address(g_residual), checks.addresses(small), _size(x),
         batch, eps, activation, checks.DTYPE_CODES[x.dtype],
         shapes=f"x {tuple(x.shape)}",
     )  # fmt: skip

@@ -200,9 +200,9 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def address(tensor: Tensor | None) -> int:
     """Where the data lie, 0 for none and for an empty one. The caller keeps `tensor` alive."""
-    return 0 if tensor is None or not tensor.numel() else tensor.data_ptr()
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """Where the tensors' data lie, as compiled functions take them."""
-    return [tensor.data_ptr() for tensor in tensors]
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where the tensors' data lie, as compiled functions take them; see `address`."""
+    return [address(tensor) for tensor in tensors]

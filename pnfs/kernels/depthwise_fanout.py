@@ -259,7 +259,7 @@ def _forward(
     weights, kept = [weight.contiguous() for weight in weights], checks.contiguous(*norm)
     _call(
         module, "depthwise_fanout", x, stencils, stride, activation, eps,
-        checks.addresses(weights), list(map(checks.address, kept)),
+        checks.addresses(weights), checks.addresses(kept),
         checks.addresses(results[:count]), checks.addresses(moments[:count]),
         checks.addresses(moments[count:]),
     )  # fmt: skip
@@ -292,10 +292,10 @@ def _gradients(
     lists = [gys, ys, means, [g.contiguous() for g in g_means], [g.contiguous() for g in g_vars]]
     _call(
         module, "depthwise_fanout_backward", x, stencils, stride, activation, eps,
-        checks.addresses(weights), list(map(checks.address, kept)),
+        checks.addresses(weights), checks.addresses(kept),
         *(checks.addresses(tensors) for tensors in lists),
         gradients[0].data_ptr(), checks.addresses(gradients[5:]),
-        list(map(checks.address, gradients[1:5])),
+        checks.addresses(gradients[1:5]),
     )  # fmt: skip
     return gradients
 

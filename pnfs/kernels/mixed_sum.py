@@ -149,11 +149,11 @@ def _cpp(
 ) -> Tensor:
     maps = [*branches] if x is None else [x, *branches]
     out = _empty(x, branches)
-    means, variances, weights = _contiguous(means), _contiguous(variances), weights.contiguous()
+    stats, weights = [checks.contiguous(*s) for s in (means, variances)], weights.contiguous()
     native.call(
         "_cpu", "mixed_sum",
         checks.addresses(maps), [y.stride(0) for y in maps],
-        checks.addresses(means), checks.addresses(variances), weights.data_ptr(),
+        *map(checks.addresses, stats), weights.data_ptr(),
         relu, eps, out.data_ptr(), _size(out), checks.DTYPE_CODES[out.dtype],
         shapes=f"maps {tuple(out.shape)}",
     )  # fmt: skip
@@ -173,11 +173,11 @@ def _cpp_backward(
     maps = [*branches] if x is None else [x, *branches]
     gradients = _empty_backward(g, x, branches, means, variances, weights)
     g_maps, g_means, g_variances, g_weights = gradients
-    means, variances, weights = _contiguous(means), _contiguous(variances), weights.contiguous()
+    stats, weights = [checks.contiguous(*s) for s in (means, variances)], weights.contiguous()
     native.call(
         "_cpu", "mixed_sum_backward",
         g.data_ptr(), g.stride(0), checks.addresses(maps), [y.stride(0) for y in maps],
-        checks.addresses(means), checks.addresses(variances), weights.data_ptr(), relu, eps,
+        *map(checks.addresses, stats), weights.data_ptr(), relu, eps,
         checks.addresses(g_maps), g_means.data_ptr(), g_variances.data_ptr(), g_weights.data_ptr(),
         _size(g), checks.DTYPE_CODES[g.dtype],
         shapes=f"maps {tuple(g.shape)}",
@@ -240,10 +240,6 @@ def _triton_backward_cost(args: Sequence[Any], outputs: Any) -> OpCost:
     p, pixels, c = _size(args[0])
     _, _, blocks = backward_blocks(p, pixels, c, len(outputs[0]))
     return OpCost(launches=2, scratch=2 * bytes_of_partials(outputs[0], blocks))
-
-
-def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
 
 
 def _size(x: Tensor) -> tuple[int, int, int]:

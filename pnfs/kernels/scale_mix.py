@@ -191,7 +191,7 @@ def _cpp(
     eps: float,
 ) -> Tensor:
     out = _empty(sources, transforms)
-    norms = [[s.contiguous() for s in items] for items in (means, variances, gammas, betas)]
+    norms = [checks.contiguous(*items) for items in (means, variances, gammas, betas)]
     weights = weights.contiguous()
     native.call(
         "_cpu", "scale_mix",
@@ -219,7 +219,7 @@ def _cpp_backward(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     arguments = (sources, transforms, means, variances, gammas, betas, weights)
     gradients = g_sources, g_norms, g_weights = _empty_backward(g, h, *arguments)
-    norms = [[s.contiguous() for s in items] for items in (means, variances, gammas, betas)]
+    norms = [checks.contiguous(*items) for items in (means, variances, gammas, betas)]
     weights = weights.contiguous()
     native.call(
         "_cpu", "scale_mix_backward",

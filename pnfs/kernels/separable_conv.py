@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -174,7 +175,12 @@ def _empty_backward(
     beta: Tensor | None,
     activation: str,
     has_bias: bool,
-    *_: Tensor | None,
+    gy: Tensor,
+    y: Tensor | None,
+    mean_y: Tensor | None,
+    g_mean_y: Tensor | None,
+    g_var_y: Tensor | None,
+    more: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of x, pointwise, depthwise, bias, mean, var, gamma and beta; (0,) where there is
     none."""
@@ -189,130 +195,111 @@ def _empty_backward(
     return [checks.empty_stacked(x.shape, x), *weights]
 
 
-def _size(x: Tensor, pointwise: Tensor, dilation: int, activation: str) -> tuple[int, ...]:
-    p, n, c, h, w = x.shape
+def _forward(
+    run: Callable[..., None],
+    x: Tensor,
+    pointwise: Tensor,
+    depthwise: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    dilation: int,
+    stats: bool,
+    eps: float,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    activation: str = "relu",
+) -> Forward:
+    results = _empty(x, pointwise, depthwise, bias, mean, var, dilation, stats, eps)
+    weights = checks.contiguous(pointwise, depthwise, bias)
+    norm = checks.contiguous(mean, var, gamma, beta)
     code = ACTIVATIONS.index(cast(Activation, activation))
-    return p, n, c, pointwise.shape[1], h, w, x.stride(0), dilation, code
+    run(x, weights, norm, results, dilation, code, eps)
+    return results
+
+
+def _gradients(
+    run: Callable[..., None],
+    x: Tensor,
+    pointwise: Tensor,
+    depthwise: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    dilation: int,
+    eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    activation: str,
+    has_bias: bool,
+    gy: Tensor,
+    y: Tensor | None,
+    mean_y: Tensor | None,
+    g_mean_y: Tensor | None,
+    g_var_y: Tensor | None,
+    more: Tensor | None = None,
+) -> list[Tensor]:
+    """`more` is as x's gradient, and is added to it."""
+    gradients = _empty_backward(
+        x, pointwise, depthwise, mean, var, dilation, eps, gamma, beta, activation, has_bias,
+        gy, y, mean_y, g_mean_y, g_var_y,
+    )  # fmt: skip
+    weights = checks.contiguous(pointwise, depthwise)
+    norm = checks.contiguous(mean, var, gamma, beta)
+    of_stats = [y, *checks.contiguous(mean_y, g_mean_y, g_var_y)]
+    code = ACTIVATIONS.index(cast(Activation, activation))
+    run(x, weights, norm, gy, of_stats, more, gradients, has_bias, dilation, code, eps)
+    return gradients
+
+
+Small = Sequence[Tensor | None]
 
 
 def _call(
-    function: str, tensors: Sequence[Tensor | None], x: Tensor, size: Any, eps: float
-) -> None:
+    function: str, tensors: Small, x: Tensor, pointwise: Tensor, dilation: int, code: int,
+    eps: float,
+) -> None:  # fmt: skip
+    p, n, c, h, w = x.shape
+    o = pointwise.shape[1]
     native.call(
-        "_cpu", function, list(map(checks.address, tensors)), size, eps,
-        checks.DTYPE_CODES[x.dtype],
-        shapes=f"x {tuple(x.shape)}, O = {size[3]}",
+        "_cpu", function, checks.addresses(tensors),
+        (p, n, c, o, h, w, x.stride(0), dilation, code), eps, checks.DTYPE_CODES[x.dtype],
+        shapes=f"x {tuple(x.shape)}, O = {o}",
     )  # fmt: skip
 
 
-def _cpp(
-    x: Tensor,
-    pointwise: Tensor,
-    depthwise: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    dilation: int,
-    stats: bool,
-    eps: float,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    activation: str = "relu",
-) -> Forward:
-    results = _empty(x, pointwise, depthwise, bias, mean, var, dilation, stats, eps)
-    weights = checks.contiguous(pointwise, depthwise, bias, mean, var, gamma, beta)
-    size = _size(x, pointwise, dilation, activation)
-    _call("separable_conv", [x, *weights, *results], x, size, eps)
-    return results
+def _cpp(x: Tensor, weights: Any, norm: Small, results: Forward, *options: Any) -> None:
+    _call("separable_conv", [x, *weights, *norm, *results], x, weights[0], *options)
 
 
 def _cpp_backward(
-    x: Tensor,
-    pointwise: Tensor,
-    depthwise: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    dilation: int,
-    eps: float,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    activation: str,
-    has_bias: bool,
-    gy: Tensor,
-    y: Tensor | None,
-    mean_y: Tensor | None,
-    g_mean_y: Tensor | None,
-    g_var_y: Tensor | None,
-    more: Tensor | None = None,
-) -> list[Tensor]:
-    """`more` is as x's gradient, and is added to it."""
-    gradients = _empty_backward(
-        x, pointwise, depthwise, mean, var, dilation, eps, gamma, beta, activation, has_bias
-    )
-    weights = checks.contiguous(pointwise, depthwise, mean, var, gamma, beta)
-    of_results = [y, mean_y, gy, *checks.contiguous(g_mean_y, g_var_y), more]
-    size = _size(x, pointwise, dilation, activation)
-    _call("separable_conv_backward", [x, *weights, *of_results, *gradients], x, size, eps)
-    return gradients
+    x: Tensor, weights: Any, norm: Small, gy: Tensor, of_stats: Small, more: Tensor | None,
+    gradients: list[Tensor], has_bias: bool, *options: Any,
+) -> None:  # fmt: skip
+    y, mean_y, *g_stats = of_stats
+    tensors = [x, *weights, *norm, y, mean_y, gy, *g_stats, more, *gradients]
+    _call("separable_conv_backward", tensors, x, weights[0], *options)
 
 
 def _triton(
-    x: Tensor,
-    pointwise: Tensor,
-    depthwise: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    dilation: int,
-    stats: bool,
-    eps: float,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    activation: str = "relu",
-) -> Forward:
+    x: Tensor, weights: Any, norm: Small, results: Forward, dilation: int, code: int, eps: float
+) -> None:
     # Imported at the first call: triton takes a second to load and exists on Linux alone.
     from pnfs.kernels.triton.separable_conv import launch
 
-    results = _empty(x, pointwise, depthwise, bias, mean, var, dilation, stats, eps)
-    depthwise, bias, *norm = checks.contiguous(depthwise, bias, mean, var, gamma, beta)
-    code = ACTIVATIONS.index(cast(Activation, activation))
-    launch(x, pointwise.contiguous(), depthwise, bias, norm, code, dilation, eps, *results)
-    return results
+    pointwise, depthwise, bias = weights
+    launch(x, pointwise, depthwise, bias, norm, code, dilation, eps, *results)
 
 
 def _triton_backward(
-    x: Tensor,
-    pointwise: Tensor,
-    depthwise: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    dilation: int,
-    eps: float,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    activation: str,
-    has_bias: bool,
-    gy: Tensor,
-    y: Tensor | None,
-    mean_y: Tensor | None,
-    g_mean_y: Tensor | None,
-    g_var_y: Tensor | None,
-    more: Tensor | None = None,
-) -> list[Tensor]:
-    """`more` is as x's gradient, and is added to it."""
+    x: Tensor, weights: Any, norm: Small, gy: Tensor, of_stats: Small, more: Tensor | None,
+    gradients: list[Tensor], has_bias: bool, dilation: int, code: int, eps: float,
+) -> None:  # fmt: skip
     from pnfs.kernels.triton.separable_conv import launch_backward
 
-    gradients = _empty_backward(
-        x, pointwise, depthwise, mean, var, dilation, eps, gamma, beta, activation, has_bias
-    )
-    depthwise, *norm = checks.contiguous(depthwise, mean, var, gamma, beta)
-    code = ACTIVATIONS.index(cast(Activation, activation))
-    of_stats = [y, *checks.contiguous(mean_y, g_mean_y, g_var_y)]
+    pointwise, depthwise = weights
     launch_backward(
-        x, pointwise.contiguous(), depthwise, norm, code, dilation, eps, has_bias,
-        gy, of_stats, more, gradients,
-    )  # fmt: skip
-    return gradients
+        x, pointwise, depthwise, norm, code, dilation, eps, has_bias, gy, of_stats, more, gradients
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
@@ -396,8 +383,9 @@ _BACKENDS: tuple[tuple[Backend, Any, Any, Any, Any, Any], ...] = (
 )
 for _backend, _fn, _fn_backward, _fn_cost, _fn_backward_cost, _verdict in _BACKENDS:
     OP.register_differentiable(
-        _backend, _fn, _empty, _fn_backward, _empty_backward, _verdict,
+        _backend, partial(_forward, _fn), _empty,
+        partial(_gradients, _fn_backward), _empty_backward, _verdict,
         setup_context=_setup_context, backward=_backward,
-        cost=_fn_cost, cost_backward=_fn_backward_cost,
+        cost=_fn_cost, cost_backward=_fn_backward_cost, like_backward=_empty_backward,
     )  # fmt: skip
 _PASS_ON = PassOn(OP, _setup_context, _backward)

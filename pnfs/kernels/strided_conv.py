@@ -118,7 +118,7 @@ def _empty_backward(x: Tensor, weight: Tensor, has_bias: bool, *_: Tensor | None
 def _call(function: str, tensors: Sequence[Tensor | None], x: Tensor, weight: Tensor) -> None:
     p, n, c, h, w = x.shape
     native.call(
-        "_cpu", function, list(map(checks.address, tensors)),
+        "_cpu", function, checks.addresses(tensors),
         (p, n, c, weight.shape[1], h, w, x.stride(0)), checks.DTYPE_CODES[x.dtype],
         shapes=f"x {tuple(x.shape)}, O = {weight.shape[1]}",
     )  # fmt: skip

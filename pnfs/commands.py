@@ -24,7 +24,7 @@ from pnfs.pruning import PruningReport, prune
 from pnfs.runlog import discard_run, open_run, run_config, write_record
 from pnfs.runtime import keep_heap, select_device
 from pnfs.search import ARCHITECTURE, find_fabrics, read_architecture, save_architecture
-from pnfs.statefile import make_folder, write_json
+from pnfs.statefile import check_file, make_folder, write_json
 from pnfs.topology import SLOTS
 from pnfs.train import train
 
@@ -297,12 +297,16 @@ def export_command(
     """`pnfs export`: load, write, check on the run's own images, and say it.
 
     Raises:
-        PnfsError: no such run, no file to write, a missing package, a failed check.
+        PnfsError: no such run, no file to write or one that cannot be (seen before the work), a
+            missing package, a failed check.
     """
-    if onnx is None and program is None:
+    files = [file for file in (onnx, program) if file is not None]
+    if not files:
         raise PnfsError("nothing to export; give --onnx FILE or --program FILE")
     keep_heap()
     config, _ = read_metadata(find_weights(run))
+    for file in files:
+        check_file(file)
     images: Tensor | None = None
     try:
         images = _some_images(override_config(config, data_overrides(data) if data else []))

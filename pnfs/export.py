@@ -33,7 +33,7 @@ from pnfs.kernels import use_backend
 from pnfs.kernels.folded_network import run_program, step_tensors
 from pnfs.kernels.folded_program import parse
 from pnfs.model import PoseNet
-from pnfs.statefile import write_atomically
+from pnfs.statefile import check_file, write_atomically
 
 OPSET = 17
 ERROR_LIMIT = 1e-4  # of scores, relative to the largest where that is over 1
@@ -133,11 +133,12 @@ def export_onnx(
         source: the run.
 
     Raises:
-        PnfsError: onnx or onnxruntime is missing, the file cannot be written, or its scores differ
-            from the model's (nothing is written then).
+        PnfsError: onnx or onnxruntime is missing, the file cannot be written (seen before the
+            work), or its scores differ from the model's (nothing is written then).
     """
     onnx = _package("onnx", "--onnx")
     runtime = _package("onnxruntime", "--onnx")
+    check_file(Path(path))
     plain, images = plain_module(model), _inputs(model, images)
     buffer = io.BytesIO()
     with warnings.catch_warnings(), use_backend("torch"):
@@ -176,6 +177,7 @@ def export_program(
 
     Arguments and errors are those of `export_onnx`.
     """
+    check_file(Path(path))
     plain, images = plain_module(model), _inputs(model, images)
     batch = torch.export.Dim("batch")
     example = images if len(images) > 1 else images.repeat(2, 1, 1, 1)  # 1 would be fixed
@@ -236,7 +238,6 @@ def _check_and_write(
         )
 
     def write(temporary: Path) -> None:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
 
     write_atomically(path, write)

@@ -9,6 +9,7 @@ from a stranger can be wrong, but it cannot run code.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -154,13 +155,27 @@ def make_folder(folder: Path) -> None:
         PnfsError: it cannot.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        _probe(folder)
     except OSError as error:
         raise PnfsError(
             f"{folder}: cannot be written ({reason(error)}); choose another --out"
         ) from None
+
+
+def check_file(path: Path) -> None:
+    """Make an output file's folder and see that the file can be written, before any work is done.
+
+    A file that is there already stays as it is.
+
+    Raises:
+        PnfsError: it cannot.
+    """
+    try:
+        _probe(path.parent)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise PnfsError(f"{path}: cannot be written ({reason(error)}); name another file") from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -190,6 +205,13 @@ def reason(error: Exception) -> str:
         return error.strerror
     text = re.sub(r"Error while serializing: |I/O error: | \(os error \d+\)", "", str(error))
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+def _probe(folder: Path) -> None:
+    """Make `folder` and write into it; OSError where that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _owned(tensor: Tensor) -> Tensor:

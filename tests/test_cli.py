@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -195,6 +196,18 @@ def test_a_run_and_its_pruned_form_are_exported(
     assert "random images, not on the run's (no such folder)" in capsys.readouterr().out
 
 
+def test_export_knows_every_file_that_cannot_be_written_before_it_writes_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    files = ("--onnx", str(tmp_path / "a.onnx"), "--program", str(folder))
+    assert call("export", str(run), *files) == 2
+    error = one_line_error(capsys)
+    assert re.search(r"folder: cannot be written \(Is a directory\); name another file", error)
+    assert list(tmp_path.iterdir()) == [folder] and not list(folder.iterdir())
+
+
 def test_training_starts_from_an_architecture_file_and_keeps_it(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,8 +318,6 @@ def test_an_error_is_one_line_and_status_two(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import re
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     assert call(*arguments) == 2

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -175,8 +176,22 @@ def test_what_cannot_be_exported_is_one_line_and_writes_nothing(
     monkeypatch.setattr(export, "plain_module", Wrong)
     with pytest.raises(PnfsError, match="scores differ by 0.001 .*nothing was written"):
         export_program(model, path)
-    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [export_onnx, export_program])
+@pytest.mark.parametrize("place", ["file/model", "folder"])
+def test_a_file_that_cannot_be_written_is_known_before_the_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[..., object],
+    place: str,
+) -> None:
+    for package in ("onnx", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, package, sys)  # any module: neither is used
+    monkeypatch.setattr(export, "plain_module", None)  # neither is this
     (tmp_path / "file").write_text("")
-    with pytest.raises(PnfsError, match="cannot be written"):
-        export_program(model, tmp_path / "file" / "a.pt2")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(PnfsError, match=rf"{place}: cannot be written \(.*\); name another file"):
+        write(nn.Linear(1, 1), tmp_path / place)
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["file", "folder"]

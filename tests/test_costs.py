@@ -157,11 +157,15 @@ def test_a_training_step_of_a_pose_model_includes_its_loss() -> None:
     assert step.launches > 2 * forward.launches and step.bytes > 2 * forward.bytes
 
 
+def need_cpp() -> None:
+    if "cpp" not in {row.backend for row in kernels.explain() if row.available}:
+        pytest.skip("the C++ kernels are not built, see `pnfs info`")
+
+
 def test_traffic_of_the_published_architecture_stays_within_its_bounds() -> None:
     """ours-1 at 256×192, batch 24. Plain modules: 2,229 calls and 50.2 GB a training step, 828
     calls and 19.1 GB an evaluation."""
-    if "cpp" not in {row.backend for row in kernels.explain() if row.available}:
-        pytest.skip("the C++ kernels are not built, see `pnfs info`")
+    need_cpp()
     model = build_model(load_config("ours-1", ["model.input_size=[256, 192]"]).model)
     step = count_costs(model, (256, 192), batch=24, mode="train")
     assert step.launches <= 335 and step.bytes <= 16.7e9
@@ -169,6 +173,23 @@ def test_traffic_of_the_published_architecture_stays_within_its_bounds() -> None
         assert count_costs(model, (256, 192), batch=24, mode="train").bytes <= 8.4e9
     scores = count_costs(fold(model.eval()), (256, 192), batch=24)
     assert scores.launches <= 150 and scores.bytes <= 6e9
+
+
+def test_pools_of_an_edge_are_one_call_each_way_that_reads_their_map_once() -> None:
+    """ours-1 with both pools. As a call for each pool: 369 calls and 21.9 GB a training step."""
+    need_cpp()
+    names, step = ["zero", "skip", "separable", "atrous"], []
+    for operations in (names, [*names, "avg_pool", "max_pool"]):
+        with torch.device("meta"):
+            model = build_model(
+                load_config("ours-1", [f"model.fabric.operations={operations}"]).model
+            )
+        step.append(count_costs(model, (256, 192), batch=24, mode="train"))
+    without, pools = step
+    assert pools.launches <= 351 and pools.bytes <= 20.5e9
+    edges = pools.calls["pnfs::mixed_sum_cpp"].launches
+    for name in ("pnfs::depthwise_fanout_cpp", "pnfs::depthwise_fanout_cpp_backward"):
+        assert pools.calls[name].launches == without.calls[name].launches + edges
 
 
 def test_launches_of_a_step_on_a_gpu() -> None:

@@ -310,8 +310,9 @@ def test_every_way_to_cut_the_work(
 @on_every_backend
 def test_a_mean_far_above_the_deviation(backend: str, device: str, isa: str) -> None:
     """Of x and of y: no more digits are lost than the float32 inputs lack already."""
-    shape = (1, 3, 20, 16, 15) if INTERPRETED else (2, 3, 20, 16, 15)
-    case = random_case(shape, 24)
+    # Triton's statistics are those before the bias and need no more pixels than this; elsewhere the
+    # rounding of y, which is that of its mean, must average out.
+    case = random_case((1, 2, 20, 6, 5) if INTERPRETED else (2, 3, 20, 16, 15), 24)
     offset = 1e3 * case.var.sqrt()  # type: ignore[union-attr]
     shifted = replace(
         case,
@@ -321,6 +322,7 @@ def test_a_mean_far_above_the_deviation(backend: str, device: str, isa: str) -> 
     )  # type: ignore[operator]
     check(shifted, backend, device, isa)
     # Without a normalisation y inherits the offset: a deviation of 1 about a mean of 1000.
+    shape = (1, 3, 20, 16, 15) if INTERPRETED else (2, 3, 20, 16, 15)
     plain = random_case(shape, 24, "")
     plain = replace(plain, x=plain.x + 1e3, pointwise=plain.pointwise.abs())
     with use_backend("torch"):

@@ -153,16 +153,18 @@ def merged_statistics(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def merge_statistics_kernel(
-    partials, mean, var, pixels, per_block, blocks, channels,
+    partials, offset, mean, var, pixels, per_block, blocks, channels,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """mean, var: (P, C); see `merged_statistics`."""
+    """mean, var: (P, C); see `merged_statistics`. offset (P, C), or None, is added to the mean."""
     part = tl.program_id(1).to(tl.int64)
     _, column = place(channels, COLS)
     own_mean, own_var = merged_statistics(
         partials, part, pixels, per_block, blocks, channels, column, ROWS
     )
     to = part * channels + column
+    if offset is not None:
+        own_mean += tl.load(offset + to, mask=column < channels, other=0.0).to(tl.float64)
     tl.store(mean + to, own_mean.to(tl.float32), mask=column < channels)
     tl.store(var + to, own_var.to(tl.float32), mask=column < channels)
 
@@ -242,12 +244,18 @@ def launch_statistics(x: Tensor) -> tuple[Tensor, int]:
 
 
 def launch_merge_statistics(
-    partials: Tensor, mean: Tensor, var: Tensor, pixels: int, per_block: int
+    partials: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    pixels: int,
+    per_block: int,
+    offset: Tensor | None = None,
 ) -> None:
-    """Launch `merge_statistics_kernel` on the current stream; writes `mean` and `var` (P, C)."""
+    """Launch `merge_statistics_kernel` on the current stream; writes `mean` and `var` (P, C), those
+    of the pixels plus `offset` (P, C)."""
     p, blocks, _, c = partials.shape
     tile = merge_tile(c)
     merge_statistics_kernel[grid_of(1, p, c, tile)](
-        partials, mean, var, pixels, per_block, blocks, c, **tile,
+        partials, offset, mean, var, pixels, per_block, blocks, c, **tile,
         num_warps=NUM_WARPS_MERGE, **OPTIONS,
     )  # fmt: skip

@@ -121,7 +121,7 @@ def launch(
             **_factors(x.dtype), **tile, num_warps=NUM_WARPS, **OPTIONS,
         )  # fmt: skip
         if stats:
-            launch_merge_statistics(partials, mean_y, var_y, pixels, PIXELS)
+            launch_merge_statistics(partials, mean_y, var_y, pixels, PIXELS, bias)
 
 
 def launch_backward(

@@ -6,7 +6,7 @@ elements apart. The normalised z and the depthwise result t live in registers al
 Forward. A program has a block of pixels and as many outputs as its registers hold. Of every few
 channels it reads the nine neighbours of x, eight of them from cache, and multiplies by the weights,
 which stay in the L2 cache. With statistics it leaves mean and squared deviation of its block for a
-second launch.
+second launch: those before the bias, which may be far above the deviation and would cost it digits.
 
 Backward. `product_gradient_kernel` walks over a share of the pixels with a block of the weights'
 gradient in registers, recomputes t, and writes t's gradient; that leads to x's where there is no
@@ -112,7 +112,7 @@ def separable_conv_kernel(
     FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """y, and with STATS partials (P, blocks of pixels, 2, O)."""
+    """y, and with STATS partials (P, blocks of pixels, 2, O), of y without its bias."""
     block = tl.program_id(0)
     p = tl.program_id(2)
     first = block * BLOCK_M
@@ -135,15 +135,15 @@ def separable_conv_kernel(
         both = c_mask[:, None] & o_mask[None, :]
         weights = load_weights(pointwise, p, o[None, :], c[:, None], outputs, channels, both)
         total = tl.dot(t.to(FACTOR), weights.to(FACTOR), total, input_precision=PRECISION)
+    if STATS:
+        to = partials + (p.to(tl.int64) * tl.num_programs(0) + block) * 2 * outputs
+        count = inside.to(tl.float32)
+        store_statistics(to, total, tl.zeros_like(total), count, o, outputs)
     if bias is not None:
         total += tl.load(bias + p * outputs + o, mask=o_mask, other=0.0)[None, :]
     places = tl.arange(0, BLOCK_M)[:, None] * outputs + o[None, :]
     own = y + p.to(tl.int64) * pixels * outputs
     store_as(own + tile_from(first, places, outputs), total, inside[:, None] & o_mask[None, :])
-    if STATS:
-        to = partials + (p.to(tl.int64) * tl.num_programs(0) + block) * 2 * outputs
-        count = inside.to(tl.float32)
-        store_statistics(to, total, tl.zeros_like(total), count, o, outputs)
 
 
 @triton.jit

@@ -9,12 +9,14 @@ from typing import Any
 
 import harness
 import pytest
+import records
+import timing
 import torch
 
 from pnfs.runtime import keep_heap
 
-_results: list[harness.Result] = []
-_roofs = functools.cache(harness.measure_roofs)
+_results: list[records.Result] = []
+_roofs = functools.cache(timing.measure_roofs)
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -44,11 +46,11 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def measure(benchmark: Any, request: Any) -> Callable[[harness.Case], harness.Result | None]:
+def measure(benchmark: Any, request: Any) -> Callable[[harness.Case], records.Result | None]:
     """Call it with a `harness.Case`: checks the output, times it, records the result."""
     times = request.config.getoption("repetitions")
 
-    def run(case: harness.Case) -> harness.Result | None:
+    def run(case: harness.Case) -> records.Result | None:
         if times:
             benchmark(lambda: None)
             differing = harness.differing(case.call, times)
@@ -67,7 +69,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
         return
     devices = {result.device for result in _results}
     roofs = {device: _roofs(device) for device in devices}
-    paths = harness.save(_results, roofs, config.getoption("results"))
+    paths = records.save(_results, roofs, config.getoption("results"))
     terminalreporter.section("results")
-    for line in [*harness.table(_results), *(f"written: {path}" for path in paths)]:
+    for line in [*records.table(_results), *(f"written: {path}" for path in paths)]:
         terminalreporter.write_line(line)

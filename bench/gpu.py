@@ -144,11 +144,12 @@ def run_all(todo: Sequence[Stage], budget: float, log: Any) -> list[Outcome]:
 
 
 def gather(folder: Path, outcomes: Sequence[Outcome], dry: bool) -> dict[str, Any]:
-    """One result in the form of `harness.save`, with the stages and what they wrote as lines."""
-    import harness
+    """One result in the form of `records.save`, with the stages and what they wrote as lines."""
+    import records
+    import timing
 
     device = "cpu" if dry else "cuda"
-    content = harness.describe(device, harness.measure_roofs(device))
+    content = records.describe(device, timing.measure_roofs(device))
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.json")):
         rows += json.loads(path.read_text(encoding="utf-8"))["results"]
@@ -185,7 +186,7 @@ def main() -> None:
     import torch
 
     sys.path.insert(0, str(ROOT / "bench"))
-    import harness
+    import records
 
     dry = options.dry_run
     if not dry and not torch.cuda.is_available():
@@ -196,7 +197,7 @@ def main() -> None:
         with open(folder / "log", "w+", encoding="utf-8", errors="replace") as log:
             outcomes = run_all(stages(dry, folder), options.seconds, log)
         content = gather(folder, outcomes, dry)
-        path = options.out / (("dry-run-" if dry else "") + harness.file_name(content))
+        path = options.out / (("dry-run-" if dry else "") + records.file_name(content))
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         shutil.copy(folder / "log", path.with_suffix(".log"))
     print(f"written: {path}, {path.with_suffix('.log')}")

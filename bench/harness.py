@@ -9,30 +9,21 @@ float64 reference by more than the tolerance fails the benchmark: no speed is re
 
 from __future__ import annotations
 
-import datetime
-import json
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from records import Result
+from timing import Roofs, rates, repeated, round_count, spread
 from torch import Tensor
 
 from pnfs import kernels
 from pnfs.costs import count_calls
-from pnfs.info import collect_info, cpu_name
 
-RESULTS = Path(__file__).resolve().parent / "results"
-ROUND_SECONDS = 2e-3  # a round repeats the call until it lasts this long
-ROUNDS = (7, 30)  # fewest and most; between them as many as take MEASURE_SECONDS
-MEASURE_SECONDS = 1.0
 # Ways to a result whose every call PyTorch's dispatcher sees: their traffic can be counted.
 COUNTED = ("torch", "eager")
 SETTLE_SECONDS = 2e-3  # between two ways: the threads of the one wait actively for a while
@@ -74,52 +65,6 @@ class Case:
     approximate: tuple[str, ...] = ()
     tolerance_against: float = 1e-2
     skipped: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Roofs:
-    """What the device can do at best, measured: bytes per second of a large copy, read plus
-    written, and floating-point operations per second of a large float32 matrix product."""
-
-    bytes: float
-    flops: float
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Times of one call in microseconds."""
-
-    median_us: float
-    p20_us: float
-    p80_us: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """One row of the JSON; bandwidth in 1e9 bytes per second, of the bytes that must move.
-
-    percent_of_copy, percent_of_fma: of the roofs; the larger one is the roof that limits.
-    traffic: way -> calls and bytes that it really makes, as `pnfs.count_costs` counts them; "ours"
-        and those of the other ways that can be counted.
-    ratio: how many times longer another way takes: the median over rounds in which both ran.
-    """
-
-    op: str
-    case: str
-    backend: str
-    device: str
-    time: Spread
-    error: float
-    gb_s: float
-    percent_of_copy: float
-    gflop_s: float
-    percent_of_fma: float
-    images: int | None
-    peak_mib: float | None
-    traffic: dict[str, tuple[int, int]]
-    against: dict[str, Spread]
-    ratio: dict[str, float]
-    skipped: dict[str, str]
 
 
 def backends(op: str) -> list[Any]:
@@ -291,77 +236,6 @@ def refuse_wrong(case: Case, way: str, error: float, tolerance: float) -> None:
     )
 
 
-class Round(NamedTuple):
-    """Enough calls to last ROUND_SECONDS."""
-
-    run: Callable[[], float]  # seconds per call
-    count: int
-    seconds: float  # what a round takes
-
-
-def repeated(call: Callable[[], Any], device: str) -> Round:
-    """A round of `call` that waits for the device at its end."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def run(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        wait()
-        return time.perf_counter() - start
-
-    run(1)
-    count = 1
-    while (seconds := run(count)) < ROUND_SECONDS:
-        count = max(count + 1, int(count * min(10.0, 1.2 * ROUND_SECONDS / seconds)))
-    return Round(lambda: run(count) / count, count, seconds)
-
-
-def round_count(seconds: float) -> int:
-    """How many rounds of `seconds` each to take."""
-    return max(ROUNDS[0], min(ROUNDS[1], int(MEASURE_SECONDS / seconds)))
-
-
-def time_call(call: Callable[[], Any], device: str) -> list[float]:
-    """Seconds per call, one figure per round."""
-    round_ = repeated(call, device)
-    return [round_.run() for _ in range(round_count(round_.seconds))]
-
-
-def measure_roofs(device: str) -> Roofs:
-    """Time a copy too large for the caches, and a matrix product large enough to hide its reads."""
-    source = torch.ones(2**26 if device == "cpu" else 2**28, device=device)
-    target = torch.empty_like(source)
-    copy = statistics.median(time_call(lambda: target.copy_(source), device))
-    size = 2048 if device == "cpu" else 8192
-    left, right = (torch.randn(size, size, device=device) for _ in range(2))
-    product = statistics.median(time_call(lambda: left @ right, device))
-    flops = 2 * size**3 / product
-    if device == "cpu":  # the BLAS that torch comes with is slow on some processors, oneDNN is not
-        x = torch.randn(8, 256, 64, 64).contiguous(memory_format=torch.channels_last)
-        weight = torch.randn(256, 256, 1, 1)
-        with torch.no_grad():
-            seconds = time_call(lambda: torch.nn.functional.conv2d(x, weight), device)
-        flops = max(flops, 2 * 256 * x.numel() / statistics.median(seconds))
-    return Roofs(bytes=2 * source.nbytes / copy, flops=flops)
-
-
-def rates(bytes_: int, flops: int, seconds: float, roofs: Roofs) -> dict[str, float]:
-    """The fields of `Result` that say how near a call comes to the roofs."""
-    return {
-        "gb_s": bytes_ / seconds / 1e9,
-        "percent_of_copy": 100 * bytes_ / seconds / roofs.bytes,
-        "gflop_s": flops / seconds / 1e9,
-        "percent_of_fma": 100 * flops / seconds / roofs.flops,
-    }
-
-
-def spread(seconds: list[float]) -> Spread:
-    ordered = sorted(second * 1e6 for second in seconds)
-    fifth = len(ordered) // 5
-    return Spread(statistics.median(ordered), ordered[fifth], ordered[-1 - fifth])
-
-
 def measure(case: Case, benchmark: Any, roofs: Callable[[str], Roofs]) -> Result | None:
     """Check, then time all ways in turn, round by round, so that what disturbs the machine disturbs
     them alike. None when pytest-benchmark is told to disable timing.
@@ -419,77 +293,3 @@ def measure(case: Case, benchmark: Any, roofs: Callable[[str], Roofs]) -> Result
     )
     benchmark.extra_info.update(asdict(result))
     return result
-
-
-def commit() -> str:
-    """The commit that was measured, with "-dirty" where the tree differs from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
-def versions() -> dict[str, str]:
-    """Of everything that decides a time; packages that are compared with where installed."""
-    found = collect_info().versions
-    for package in ("onnxruntime", "openvino"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def describe(device: str, roofs: Roofs) -> dict[str, Any]:
-    """What a results file says about where its rows come from."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "copy_gb_s": roofs.bytes / 1e9,
-        "fma_gflop_s": roofs.flops / 1e9,
-    }
-
-
-def file_name(content: dict[str, Any]) -> str:
-    """<device>-<torch>-<commit>.json."""
-    key = f"{content['device']}-{torch.__version__}-{content['commit']}"
-    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', key).lower()}.json"
-
-
-def save(results: list[Result], roofs: dict[str, Roofs], folder: Path | None = None) -> list[Path]:
-    """Write a file per device into `folder`, bench/results by default; rows of an earlier run under
-    the same name stay unless measured again."""
-    folder, paths = folder or RESULTS, []
-    for device in sorted({result.device for result in results}):
-        content = describe(device, roofs[device])
-        path = folder / file_name(content)
-        rows = {(r.op, r.case, r.backend): asdict(r) for r in results if r.device == device}
-        if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))["results"]
-            rows = {(r["op"], r["case"], r["backend"]): r for r in old} | rows
-        content["results"] = [rows[key] for key in sorted(rows)]
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        paths.append(path)
-    return paths
-
-
-def table(results: list[Result]) -> list[str]:
-    """The results as lines of text."""
-    lines = []
-    for r in results:
-        rates = [f"{r.gb_s:.1f} GB/s = {r.percent_of_copy:.0f} % of copy"]
-        if r.gflop_s:
-            rates.append(f"{r.gflop_s:.1f} GFLOP/s = {r.percent_of_fma:.0f} % of FMA")
-        if r.images:
-            rates.append(f"{r.images / r.time.median_us * 1e6:.1f} images/s")
-        ratios = [f"{value:.2f}x {name}" for name, value in r.ratio.items()]
-        times = f"{r.time.median_us:.1f} us ({r.time.p20_us:.1f} to {r.time.p80_us:.1f})"
-        lines.append(
-            f"{r.op} {r.case} [{r.backend}]: {times}, {', '.join(rates)}; "
-            f"{', '.join(ratios)}; error {r.error:.1e}"
-        )
-        lines += [f"    without {name}: {reason}" for name, reason in r.skipped.items()]
-    return lines

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import timing
 import torch
 from plain_model import PlainPoseNet, heatmap_mse
 from torch import Tensor, nn
@@ -213,14 +214,14 @@ def products_in(precision: str) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def measured(call: Callable[[], Any], device: torch.device) -> tuple[harness.Round, float | None]:
+def measured(call: Callable[[], Any], device: torch.device) -> tuple[timing.Round, float | None]:
     """A round of `call` after its warm-up, and its peak memory in MiB on a GPU."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(5):  # a graph is recorded after three calls
         call()
-    round_ = harness.repeated(call, device.type)
+    round_ = timing.repeated(call, device.type)
     return round_, torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
 
 
@@ -265,14 +266,14 @@ def measure(case: Case, device: torch.device, compiled: bool) -> dict[str, Any]:
         "case": str(case),
         "backend": "auto",
         "device": device.type,
-        "time": asdict(harness.spread(times["ours"])),
+        "time": asdict(timing.spread(times["ours"])),
         "error": error,
         "images": case.batch,
         "bytes": costs.bytes,
         "flops": (6 if case.training else 2) * costs.conv_macs * case.batch,
         "launches": costs.launches,
         "peaks": peaks,
-        "against": {name: asdict(harness.spread(seconds)) for name, seconds in others.items()},
+        "against": {name: asdict(timing.spread(seconds)) for name, seconds in others.items()},
         "ratio": {name: statistics.median(seconds) / own for name, seconds in others.items()},
         "skipped": problems,
     }
@@ -297,7 +298,7 @@ def main() -> None:
     if options.dry_run and options.compiled:
         print("torch.compile takes minutes: not in a dry run")
         return
-    roofs = harness.measure_roofs(device.type)
+    roofs = timing.measure_roofs(device.type)
     failed = False
     with open(options.out, "w", encoding="utf-8") as file:
         for case in cases(options.dry_run, options.compiled):
@@ -308,7 +309,7 @@ def main() -> None:
                 try:
                     row = measure(case, device, options.compiled)
                     seconds = row["time"]["median_us"] / 1e6
-                    row |= harness.rates(row["bytes"], row["flops"], seconds, roofs)
+                    row |= timing.rates(row["bytes"], row["flops"], seconds, roofs)
                 except Exception as problem:
                     failed = True
                     row = {"op": kind, "case": str(case), "failed": str(problem)[:500]}

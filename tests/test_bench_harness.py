@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,13 +17,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def harness() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("harness", ROOT / "bench" / "harness.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["harness"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def bench() -> Iterator[None]:
+    """Modules of bench/ can be imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "bench"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def harness(bench: None) -> ModuleType:
+    return importlib.import_module("harness")
+
+
+@pytest.fixture(scope="module")
+def records(bench: None) -> ModuleType:
+    return importlib.import_module("records")
 
 
 def roofs(harness: ModuleType) -> Callable[[str], Any]:
@@ -98,7 +104,7 @@ def test_no_way_to_the_result_may_be_wrong_unless_it_is_called_approximate(
     assert "close" in harness.measure(known, Benchmark(), roofs(harness)).ratio
 
 
-def test_a_right_output_is_timed_and_compared(harness: ModuleType) -> None:
+def test_a_right_output_is_timed_and_compared(harness: ModuleType, records: ModuleType) -> None:
     right = torch.full((4,), 2.0)
     result = harness.measure(
         case(
@@ -119,7 +125,7 @@ def test_a_right_output_is_timed_and_compared(harness: ModuleType) -> None:
     assert result.percent_of_copy == pytest.approx(100 * result.gb_s)
     assert result.percent_of_fma == pytest.approx(50 * result.gflop_s)
     assert result.traffic == {"ours": (1, 32), "torch": (1, 32)}
-    line, skipped = harness.table([result])
+    line, skipped = records.table([result])
     assert "double 4 floats [cpp]" in line and "images/s" in line
     assert "openvino: not installed" in skipped
 
@@ -141,14 +147,14 @@ def test_gradients_are_compared_and_the_compiled_reference_computes_them_too(
 
 
 def test_results_are_keyed_and_merged(
-    harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harness: ModuleType, records: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(harness, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(records, "commit", lambda: "0123456789ab")
     right = torch.full((4,), 2.0)
     for name in ("first", "second", "first"):
         result = harness.measure(case(harness, right, name=name), Benchmark(), roofs(harness))
-        (path,) = harness.save([result], {"cpu": harness.Roofs(bytes=1e9, flops=2e9)})
+        (path,) = records.save([result], {"cpu": harness.Roofs(bytes=1e9, flops=2e9)})
     assert path.name.endswith(f"{torch.__version__.replace('+', '-')}-0123456789ab.json")
     content = json.loads(path.read_text())
     assert [row["case"] for row in content["results"]] == ["first", "second"]
@@ -158,11 +164,11 @@ def test_results_are_keyed_and_merged(
 
 
 def test_the_evaluation_benchmark_leaves_the_training_benchmarks_network_alone(
+    bench: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both read one cached network. In evaluation mode its gradients are others, of which plain
     modules in training mode were far."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     bench_predict = importlib.import_module("bench_predict")
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.BatchNorm2d(1)).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}

@@ -38,7 +38,17 @@ INFRASTRUCTURE = {
         "test_triton_compile",
         "test_triton_interpreter",
     },
-    "bench": {"conftest", "harness", "plain_model", "prediction", "report", "gpu", "whole_models"},
+    "bench": {
+        "conftest",
+        "gpu",
+        "harness",
+        "plain_model",
+        "prediction",
+        "records",
+        "report",
+        "timing",
+        "whole_models",
+    },
 }
 WHOLE_SYSTEM_BENCHES = {"bench_train", "bench_predict", "bench_loader"}
 # Of one op's source: by instruction set, or its backward kernels in a file of their own.

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pnfs.checkpoint import list_checkpoints
 from pnfs.config import Config, load_config
 from pnfs.data import Batch
+from pnfs.model import build_model
+from pnfs.search import ParameterGroups, build_strategy
 from pnfs.steps import Stepper, StepResult
 
 TIMES = {"images_per_second", "data_seconds", "compute_seconds", "seconds"}
@@ -31,11 +33,25 @@ SETTINGS = (
     "train.eval_every=1",
     "train.warmup_steps=2",
 )
+PARTIAL = ("model.fabric.channels=2", "model.fabric.partial=2")  # channels of the fabric
 
 
 def small_config(root: Path, *settings: str) -> Config:
     """Settings of preset `tiny` that train in seconds; the people are drawn into `root`."""
     return load_config("tiny", [*SETTINGS, f"data.root={root}", *settings])
+
+
+def config_for(strategy: str, *settings: str) -> Config:
+    """Of a search by `strategy` that draws nobody."""
+    return small_config(Path("unused"), f"search.strategy={strategy}", *settings)
+
+
+def prepared(strategy: str, *settings: str) -> tuple[nn.Module, ParameterGroups]:
+    """A model as `strategy` starts it, and what the optimiser trains."""
+    config = config_for(strategy, *settings)
+    torch.manual_seed(0)
+    model = build_model(config.model)
+    return model, build_strategy(config).prepare(model)
 
 
 def state_of(run: Path) -> tuple[dict[str, Tensor], Any]:

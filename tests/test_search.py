@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_run, rows_of, small_config, state_of
+from runs import PARTIAL, config_for, prepared, rows_of, small_config, state_of
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from pnfs.checkpoint import load_model
-from pnfs.config import Config, load_config
+from pnfs.config import load_config
 from pnfs.costs import count_costs
-from pnfs.data import Batch
 from pnfs.data.training import TrainingData
-from pnfs.errors import PnfsError
-from pnfs.folding import fold
 from pnfs.model import PoseNet, build_model
 from pnfs.pruning import prune
 from pnfs.schedule import architecture_learning_rate, learning_rate
@@ -31,22 +24,10 @@ from pnfs.search import (
     decay_gradients,
     expected_macs,
     find_fabrics,
-    load_architecture,
     save_architecture,
 )
-from pnfs.steps import Stepper, StepResult
+from pnfs.steps import Stepper
 from pnfs.train import train
-
-
-def config_for(strategy: str, *settings: str) -> Config:
-    return small_config(Path("unused"), f"search.strategy={strategy}", *settings)
-
-
-def prepared(strategy: str, *settings: str):  # type: ignore[no-untyped-def]
-    config = config_for(strategy, *settings)
-    torch.manual_seed(0)
-    model = build_model(config.model)
-    return model, build_strategy(config).prepare(model)
 
 
 def ids(parameters: list[nn.Parameter]) -> list[int]:
@@ -163,21 +144,6 @@ def test_a_resumed_search_equals_an_uninterrupted_one_bit_for_bit(
     assert rows_of(whole) == rows_of(parts)
 
 
-def test_an_architecture_goes_to_a_file_and_back_exactly(tmp_path: Path) -> None:
-    model, _ = prepared("random", "search.seed=3")
-    path = tmp_path / "architecture.json"
-    save_architecture(model, path, {"run": "a"})
-    config = config_for("none", f"search.architecture={path}")
-    other = build_model(config.model)
-    groups = build_strategy(config).prepare(other)
-    assert groups.architecture == []
-    assert all(map(torch.equal, model.architecture_parameters(), other.architecture_parameters()))
-    third = build_model(config_for("none", "model.fabric.operations=[zero, skip]").model)
-    with pytest.raises(PnfsError, match=r"another topology: fabrics.parts.topology.operations is"):
-        load_architecture(third, path)
-    assert not any(p.any() for p in third.architecture_parameters())
-
-
 @pytest.mark.parametrize("stop_at", [None, 4])
 def test_moments_start_anew_when_sampling_ends(stop_at: int | None) -> None:
     """Of the whole optimiser, once, whether the schedule or the rule against a collapse ends it."""
@@ -223,9 +189,6 @@ def pruned_to(operation: str, *settings: str) -> PoseNet:
             fabric.beta.fill_(-torch.inf).scatter_(-1, kept, 0.0)
     assert isinstance(model, PoseNet)
     return prune(model, images=torch.randn(1, 3, 64, 64))[0]
-
-
-PARTIAL = ("model.fabric.channels=2", "model.fabric.partial=2")
 
 
 @pytest.mark.parametrize("settings", [(), PARTIAL])
@@ -292,130 +255,6 @@ def test_decay_of_the_architecture_is_that_of_adam(weight: float) -> None:
         plain.step()
         decaying.step()
     assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("row", [["-inf", "-inf", "-inf"], ["inf", 0.0, 0.0], ["nan", 0.0, 0.0]])
-def test_an_architecture_without_any_mix_is_refused(tmp_path: Path, row: list[object]) -> None:
-    model, path = build_model(config_for("none").model), tmp_path / "file.json"
-    save_architecture(model, path, {})
-    tree = json.loads(path.read_text())
-    part = next(iter(model.config.part_table))
-    tree["fabrics"]["parts"]["parts"][part]["beta"][0] = row
-    path.write_text(json.dumps(tree))
-    with pytest.raises(
-        PnfsError, match=rf"{part}.beta must be numbers of shape .* not a whole row"
-    ):
-        load_architecture(model, path)
-
-
-def test_an_architecture_searched_with_partial_channels_is_trained_with_all(tmp_path: Path) -> None:
-    config = small_config(tmp_path / "people", *PARTIAL)
-    result = train(config, tmp_path / "search", quiet=True)
-    searched = load_model(result.run)
-    with pytest.raises(PnfsError, match="partial channels cannot be folded"):
-        fold(searched)
-    file = f"search.architecture={result.run / 'architecture.json'}"
-    settings = ["search.strategy=none", file, "model.fabric.partial=1"]
-    whole = small_config(tmp_path / "people", *PARTIAL, *settings)
-    trained = load_model(train(whole, tmp_path / "whole", quiet=True).run)
-    pairs = zip(searched.architecture_parameters(), trained.architecture_parameters(), strict=True)
-    assert all(torch.equal(x, y) and x.any() for x, y in pairs)
-    counts = [sum(p.numel() for p in model.parameters()) for model in (searched, trained)]
-    assert counts[0] < counts[1]
-
-
-def test_partial_channels_divide_the_channels() -> None:
-    with pytest.raises(PnfsError, match="partial 3 does not divide 4 channels"):
-        config_for("sync", "model.fabric.channels=4", "model.fabric.partial=3")
-
-
-def test_a_run_under_an_architecture_file_resumes_without_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "file.json"
-    model, _ = prepared("random", "search.seed=3")
-    save_architecture(model, file, {})
-    config = small_config(
-        tmp_path / "people", "search.strategy=none", f"search.architecture={file}"
-    )
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(config, whole, quiet=True)
-    train(config, parts, quiet=True, stop_at=3)
-    file.unlink()
-    train(config, parts, quiet=True, resume=True)
-    assert_same_run(whole, parts)
-    with pytest.raises(PnfsError, match=r"file.json: cannot be read"):
-        train(config, tmp_path / "fresh", quiet=True)
-
-
-def broken(batch: Batch) -> Batch:
-    """With a loss that is NaN."""
-    return replace(batch, joints=batch.joints + torch.nan)
-
-
-def everything(stepper: Stepper) -> list[torch.Tensor]:
-    """Copies of all that a step may change."""
-    state = stepper.state_dict(), stepper.strategy.state_dict()
-    leaves = [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
-    return [x.detach().clone() for x in (*leaves, *stepper.model.state_dict().values())]
-
-
-@pytest.mark.parametrize("name", ["first-order", "second-order"])
-@pytest.mark.parametrize("which", ["architecture", "weights"])
-def test_a_nonfinite_loss_of_either_half_undoes_the_step_of_both(
-    tmp_path: Path, name: str, which: str
-) -> None:
-    config = small_config(tmp_path, f"search.strategy={name}")
-    data = TrainingData(config)
-    torch.manual_seed(0)
-    model = build_model(config.model)
-    stepper = Stepper(config, model, build_strategy(config), torch.device("cpu"))
-    batches = iter(data.loader)
-
-    def step(index: int, bad: str) -> StepResult:
-        seen, held = next(batches), data.held()
-        seen, held = (
-            broken(batch) if bad == half else batch
-            for half, batch in (("weights", seen), ("architecture", held))
-        )
-        return stepper.step([seen], 1, index=index, total=9, learning_rate=1e-3, held=lambda: held)
-
-    assert step(0, "neither").taken
-    before = everything(stepper)
-    result = step(1, which)
-    assert not result.taken and not math.isfinite(result.loss) and result.images == 4
-    after = everything(stepper)
-    assert len(before) == len(after) and all(map(torch.equal, before, after))
-    assert step(2, "neither").taken
-    assert not all(map(torch.equal, before, everything(stepper)))
-
-
-def test_a_loss_of_the_architecture_that_stays_nonfinite_stops_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = TrainingData.held
-    monkeypatch.setattr(TrainingData, "held", lambda data: broken(real(data)))
-    settings = ["search.strategy=first-order", "train.max_nonfinite_steps=3", "train.epochs=3"]
-    with pytest.raises(PnfsError, match="not finite in 3 steps in a row, up to step 3"):
-        train(small_config(tmp_path / "people", *settings), tmp_path / "run", quiet=True)
-
-
-def test_an_overflow_in_fp16_gradients_of_the_architecture_lowers_the_scale(
-    tmp_path: Path,
-) -> None:
-    config = small_config(tmp_path, "search.strategy=first-order", "train.precision=fp16")
-    data = TrainingData(config)
-    stepper = Stepper(
-        config, build_model(config.model), build_strategy(config), torch.device("cpu")
-    )
-    scale = stepper.scaler.get_scale()
-    result = stepper.step(
-        iter(data.loader),
-        1,
-        index=0,
-        total=9,
-        learning_rate=1e-3,
-        held=lambda: broken(data.held()),
-    )
-    assert not result.taken and stepper.scaler.get_scale() == scale / 2
 
 
 def test_weights_and_architecture_see_other_people_and_the_latters_loader_runs_on(

@@ -10,14 +10,8 @@ from pnfs.search.files import (
 from pnfs.search.macs import expected_macs, find_fabrics
 from pnfs.search.monitor import Monitor
 from pnfs.search.start import level_heads
-from pnfs.search.strategies import (
-    STRATEGIES,
-    ParameterGroups,
-    StepContext,
-    Strategy,
-    build_strategy,
-    decay_gradients,
-)
+from pnfs.search.strategies import STRATEGIES, build_strategy
+from pnfs.search.strategy import ParameterGroups, StepContext, Strategy, decay_gradients
 
 __all__ = [
     "ARCHITECTURE",

@@ -12,8 +12,9 @@ Environment:
     MAX_JOBS         compiler processes at a time; default: ninja's.
 
 Sources named *_avx512.cpp, *_avx2.cpp and *_portable.cpp are compiled for x86-64-v4, x86-64-v3 and
-x86-64 whatever PNFS_MARCH says, for kernels that choose at run time. Elsewhere than on x86-64 the
-first two are left out and the third gets the compiler's own default.
+x86-64 whatever PNFS_MARCH says, for kernels that choose at run time; *_avx512bf16.cpp and *_amx.cpp
+for x86-64-v4 with the instructions for bfloat16. Elsewhere than on x86-64 only *_portable.cpp is
+compiled, for the compiler's own default.
 
 Objects are kept in build/, so a second build compiles only what changed.
 """
@@ -39,7 +40,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 RECORD = "_build_info.json"
-VARIANTS = {"avx512": "x86-64-v4", "avx2": "x86-64-v3", "portable": "x86-64"}
+BF16 = ["-march=x86-64-v4", "-mavx512bf16"]
+VARIANTS = {
+    "amx": [*BF16, "-mamx-tile", "-mamx-bf16"],
+    "avx512bf16": BF16,
+    "avx512": ["-march=x86-64-v4"],
+    "avx2": ["-march=x86-64-v3"],
+    "portable": ["-march=x86-64"],
+}
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 
 
@@ -164,12 +172,11 @@ def cpu_objects(work: Path, record: Module) -> tuple[list[Object], list[str]]:
     objects = []
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         variant = source.stem.rpartition("_")[2]
-        target = VARIANTS.get(variant, march)
+        arch = VARIANTS.get(variant, [f"-march={march}"] if march else [])
         if variant in VARIANTS and platform.machine() not in ("x86_64", "AMD64"):
             if variant != "portable":
                 continue
-            target = ""
-        arch = [f"-march={target}"] if target else []
+            arch = []
         is_module = source.name == "cpu_module.cpp"
         objects.append(Object(source, [*base, *arch, *(python if is_module else [])]))
     # No -fopenmp here: the module takes the OpenMP runtime that torch has loaded, see

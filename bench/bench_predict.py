@@ -22,7 +22,7 @@ from plain_model import PlainPoseNet, folded, in_onnxruntime, in_openvino, missi
 from torch import Tensor, nn
 
 import pnfs
-from pnfs.kernels import crop_normalize, decode_heatmaps
+from pnfs.kernels import crop_normalize, decode_heatmaps, native
 
 Network = Callable[[Tensor], Tensor]
 
@@ -38,12 +38,11 @@ def settled() -> nn.Module:
 
 
 @functools.cache
-def user_network(device: str) -> Network:
+def user_network(device: str, precision: str = "float32") -> Network:
     """What users run."""
     model = settled().to(device)
-    fold = getattr(pnfs, "fold", None)
-    if fold is not None and device == "cpu":
-        return fold(model)
+    if device == "cpu":
+        return pnfs.fold(model, bfloat16=precision == "bfloat16")
     model.backbone.to(memory_format=torch.channels_last)
     return model
 
@@ -92,25 +91,31 @@ def other_ways(
 
 
 @pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", DEVICES)
-def bench_network(measure: Any, request: Any, device: str, count: int) -> None:
+def bench_network(measure: Any, request: Any, device: str, precision: str, count: int) -> None:
+    half = precision == "bfloat16"
+    if half:
+        able, reason = native.has_function("_cpu", "multiplies_bfloat16")
+        if device != "cpu" or not able or not native.module("_cpu").multiplies_bfloat16():
+            pytest.skip(reason or "nothing here multiplies bfloat16 faster; users get float32")
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(count, 3, *SIZE, generator=generator).to(device)
     against, skipped = {}, {}
     if not request.config.getoption("benchmark_disable"):
         against, skipped = other_ways(images, request.config.getoption("compile_models"))
-    costs = pnfs.count_costs(settled(), SIZE, count, device=device)
+    costs = pnfs.count_costs(user_network(device, precision), SIZE, count, device=device)
     with pnfs.kernels.use_backend("torch"):
         want = without_gradients(settled(), images)()
     measure(
         harness.Case(
             op="evaluation",
-            name=f"ours-1 256x192 batch {count} float32",
+            name=f"ours-1 256x192 batch {count} {precision}",
             backend="auto",
             device=device,
-            call=without_gradients(user_network(device), images),
+            call=without_gradients(user_network(device, precision), images),
             want=want,
-            tolerance=1e-5,
+            tolerance=2e-2 if half else 1e-5,
             bytes=costs.bytes,
             flops=2 * costs.conv_macs * count,
             images=count,

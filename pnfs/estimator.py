@@ -56,7 +56,8 @@ class PoseEstimator:
             (then it is put into eval mode and stays where it is unless `device` says otherwise;
             poses are those of its weights as they are now).
         device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
-        precision: of the model's arithmetic: `fp32`, `bf16` or `fp16`.
+        precision: of the model's arithmetic: `fp32`, `bf16` or `fp16`. On a CPU bf16 rounds the
+            operands of products where the processor multiplies these faster, else it is fp32.
         flip: average with the mirrored image: twice the work, a little more accurate. Default: as
             the run was evaluated (`eval.flip`), on for a bare model.
         profile: `standard` or `posenfs` (colours, crop and decoding of published PNFS

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pnfs.kernels import use_backend
+from pnfs.kernels import native, use_backend
 
-_CAPABILITY = torch.backends.cpu.get_cpu_capability()
 # Values of PNFS_ISA, the instruction sets that CPU kernels are compiled for, that this CPU has.
-ISAS = [
-    "portable",
-    *(["avx2"] if "AVX" in _CAPABILITY else []),
-    *(["avx512"] if "AVX512" in _CAPABILITY else []),
-]
+_ABLE = native.module("_cpu").instruction_sets() if native.module_available("_cpu")[0] else []
+ISAS = [isa for isa in ("portable", "avx2", "avx512") if isa in _ABLE]
+# Those that products of bfloat16 are compiled for.
+BF16_ISAS = [*ISAS, *(isa for isa in ("avx512_bf16", "amx") if isa in _ABLE)]
 
 
 def value_and_gradients(

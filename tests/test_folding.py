@@ -136,6 +136,21 @@ def test_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_cpp
+@pytest.mark.parametrize("preset", ["ours-1", "ours-2"])
+def test_products_in_bfloat16_are_near(preset: str) -> None:
+    """With a backbone of its own (ours-2), which autocast runs in bfloat16, too."""
+    model, images = model_of(preset), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        medium_scores(model, images)
+        want = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            have = fold(model, bfloat16=True)(images)
+    assert have.dtype == torch.float32
+    assert 0 < (have - want).abs().max() < 0.03
+    assert (have - want).square().mean().sqrt() < 0.005
+
+
+@needs_cpp
 def test_a_batch_may_be_empty() -> None:
     folded = fold(model_of("tiny"))
     assert folded(torch.empty(0, 3, 64, 96)).shape == (0, 17, 16, 24)
@@ -178,7 +193,10 @@ def test_evaluation_folds_what_it_can() -> None:
     cpu = torch.device("cpu")
     model = model_of("tiny")
     assert isinstance(for_evaluation(model, cpu, "fp32"), FoldedPoseNet)
-    assert for_evaluation(model, cpu, "bf16") is model
+    assert for_evaluation(model, cpu, "fp16") is model
+    half = for_evaluation(model, cpu, "bf16")
+    assert isinstance(half, FoldedPoseNet)
+    assert half.rounded_products == native.module("_cpu").multiplies_bfloat16()
     with use_backend("torch"):
         assert for_evaluation(model, cpu, "fp32") is model
     other = nn.Linear(1, 1)

@@ -10,6 +10,7 @@
 #include <omp.h>
 #endif
 
+#include "cpu/isa.h"
 #include "cpu/ops.h"
 
 namespace {
@@ -27,6 +28,10 @@ int max_threads() {
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of pnfs; called through pnfs.kernels.";
   module.def("max_threads", &max_threads, "Threads that a parallel region of this thread gets.");
+  module.def("instruction_sets", &pnfs::instruction_sets,
+             "Values of PNFS_ISA that this CPU can run, best first.");
+  module.def("multiplies_bfloat16", &pnfs::multiplies_bfloat16,
+             "Whether products in bfloat16 run on instructions for them; as PNFS_ISA allows.");
 #define PNFS_DEF(name) \
   module.def(#name, &pnfs::name, pybind11::call_guard<pybind11::gil_scoped_release>())
   PNFS_DEF(batch_norm_act);

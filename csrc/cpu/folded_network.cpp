@@ -17,11 +17,16 @@
 namespace pnfs {
 namespace {
 
-const FoldedKernels& kernels() {
+const FoldedKernels& kernels(bool pairs) {
 #if defined(__x86_64__)
+  const Bf16Unit unit = pairs ? chosen_bf16_unit() : Bf16Unit::none;
+  if (unit == Bf16Unit::amx) return kFoldedAmx;
+  if (unit == Bf16Unit::avx512) return kFoldedAvx512Bf16;
   const Isa isa = chosen_isa();
   if (isa == Isa::avx512) return kFoldedAvx512;
   if (isa == Isa::avx2) return kFoldedAvx2;
+#else
+  (void)pairs;
 #endif
   return kFoldedPortable;
 }
@@ -72,6 +77,7 @@ struct Plan {
   std::vector<Buffer> buffers;
   std::vector<Step> steps;
   std::int64_t keypoints, h, w, serial_floats, staged_floats, stages;
+  bool pairs;  // operands of the products in bfloat16
 
   explicit Plan(const std::int64_t* at) {
     const std::int64_t buffer_count = at[0], step_count = at[1];
@@ -81,7 +87,8 @@ struct Plan {
     serial_floats = at[5];
     staged_floats = at[6];
     stages = at[7];
-    at += 8;
+    pairs = at[8] != 0;
+    at += 9;
     for (std::int64_t i = 0; i < buffer_count; ++i, at += 7) {
       buffers.push_back({at[0], at[1], at[2], at[3], at[4], at[5], at[6]});
     }
@@ -127,6 +134,7 @@ struct Image {
     s.kernel = f[6];
     s.stride = f[7];
     s.borders = f[8] != 0;
+    s.pairs = plan.pairs;
     s.act = static_cast<int>(f[9]);
     s.taps = vector(f[10]);
     s.taps_bias = vector(f[11]);
@@ -165,6 +173,7 @@ struct Image {
       f += counts.back();
     }
     s.keypoints = plan.keypoints;
+    s.pairs = plan.pairs;
     s.sources = sources.data();
     s.weights = matrices.data();
     s.biases = biases.data();
@@ -241,7 +250,7 @@ void folded_network(const Addresses& inputs,
   maps.strides = strides;
   const Plan plan(reinterpret_cast<const std::int64_t*>(plan_address));
   Image image{plan,
-              kernels(),
+              kernels(plan.pairs),
               maps,
               reinterpret_cast<const float*>(weights),
               reinterpret_cast<float*>(scores),

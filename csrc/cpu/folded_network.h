@@ -34,7 +34,7 @@ struct FoldedConv {
   std::int64_t channels, outputs;
   const float *bias, *weight, *taps, *taps_bias, *expand, *expand_bias;  // null: none
   std::int64_t kernel, stride, dilation;
-  bool borders;
+  bool borders, pairs;  // pairs: operands of the products in bfloat16, see folded_pairs.h
   int act, taps_act, expand_act;
   float pre_scale, post_scale;
 };
@@ -48,6 +48,7 @@ struct FoldedPool {
 
 struct FoldedHead {
   std::int64_t depth, parts, keypoints;
+  bool pairs;
   const FoldedMap* sources;                  // per part
   const float* const* weights;               // per part
   const float* const* biases;                // per part
@@ -69,6 +70,8 @@ struct FoldedKernels {
 extern const FoldedKernels kFoldedPortable;
 #if defined(__x86_64__)
 extern const FoldedKernels kFoldedAvx2, kFoldedAvx512;
+// For programs with operands in bfloat16, on a CPU that multiplies these.
+extern const FoldedKernels kFoldedAvx512Bf16, kFoldedAmx;
 #endif
 
 }  // namespace pnfs

@@ -2,7 +2,7 @@
 // pixels at a time in cache. folded_network.h has the interface.
 #pragma once
 
-#include "cpu/folded_product.h"
+#include "cpu/folded_pairs.h"
 
 namespace pnfs {
 namespace {
@@ -120,7 +120,7 @@ struct Between {
 // What one step of the kind Conv keeps in scratch memory.
 struct ConvScratch {
   std::int64_t t_step, s_step, e_step, ring_rows, ring_row;
-  float *t, *start, *between, *ring, *zeros;
+  float *t, *start, *between, *ring, *zeros, *pairs;
   std::size_t floats;
 
   ConvScratch(const FoldedConv& s, float* memory) {
@@ -139,6 +139,12 @@ struct ConvScratch {
     if (s.expand != nullptr) {
       ring = cutter.take(ring_rows * ring_row);
       zeros = cutter.take(ring_row);
+    }
+    pairs = nullptr;
+    if (s.pairs && s.weight != nullptr) {
+      const std::int64_t depth = s.kernel * s.kernel * s.channels;
+      pairs = cutter.take(paired_floats(s.expand == nullptr ? depth
+                                                            : larger(depth, s.source.channels)));
     }
     floats = cutter.used;
   }
@@ -231,7 +237,7 @@ struct Ring {
           product.post[done + i] = product.out[done + i] = to + i * scratch.e_step;
         }
       });
-      multiply(product);
+      multiply(product, scratch.pairs);
     }
     made = larger(made, smaller(end, s.source.h));
   }
@@ -254,6 +260,7 @@ void sum_run(const FoldedConv& s, const float* start, std::int64_t start_step, s
 
 void conv_rows(const FoldedConv& s, std::int64_t first, std::int64_t last, float* memory) {
   const ConvScratch scratch(s, memory);
+  const Tiles tiles;
   const std::int64_t w = s.out.w;
   const bool starts = s.borders || s.pre.data != nullptr || s.up.data != nullptr;
   Product product;
@@ -313,7 +320,7 @@ void conv_rows(const FoldedConv& s, std::int64_t first, std::int64_t last, float
         product.out[done + i] = out + i * s.out.step;
       }
     });
-    if (s.weight != nullptr) multiply(product);
+    if (s.weight != nullptr) multiply(product, scratch.pairs);
   }
   clear_border(s.out, first, last);
 }
@@ -369,7 +376,7 @@ void pool_rows(const FoldedPool& s, std::int64_t first, std::int64_t last) {
 
 struct HeadScratch {
   std::int64_t v_step;
-  float *vectors, *scores;
+  float *vectors, *scores, *pairs;
   std::size_t floats;
 
   HeadScratch(const FoldedHead& s, float* memory) {
@@ -379,6 +386,9 @@ struct HeadScratch {
     v_step = round_up(columns, kFoldedLanes) + kFoldedLanes;
     vectors = cutter.take(kBlock * v_step);
     scores = cutter.take(s.keypoints * kBlock);
+    std::int64_t depth = 0;
+    for (std::int64_t p = 0; p < s.parts; ++p) depth = larger(depth, s.sources[p].channels);
+    pairs = s.pairs ? cutter.take(paired_floats(depth)) : nullptr;
     floats = cutter.used;
   }
 };
@@ -392,6 +402,7 @@ PNFS_INLINE float squash(const float* v, std::int64_t depth) {
 
 void head_rows(const FoldedHead& s, std::int64_t first, std::int64_t last, float* memory) {
   const HeadScratch scratch(s, memory);
+  const Tiles tiles;
   const std::int64_t w = s.sources[0].w, plane = s.sources[0].h * w;
   Product product;
   product.segments = 1;
@@ -415,7 +426,7 @@ void head_rows(const FoldedHead& s, std::int64_t first, std::int64_t last, float
           product.post[done + i] = product.out[done + i];
         }
       });
-      multiply(product);
+      multiply(product, scratch.pairs);
       for (std::int64_t k = 0; k < s.counts[p]; ++k) {
         float* to = scratch.scores + s.of_part[p][k] * kBlock;
         const float* v = scratch.vectors + k * s.depth;

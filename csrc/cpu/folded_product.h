@@ -1,5 +1,6 @@
 // The matrix product of folded_network: rows of A, of C and of what C starts from lie anywhere, as
-// pointers say, so that a tile crosses the rows of an image; B is packed in panels.
+// pointers say, so that a tile crosses the rows of an image; B is packed in panels. folded_pairs.h
+// has the product of operands in bfloat16.
 //
 // Included by sources that are compiled once per instruction set, see cpu/simd.h.
 #pragma once
@@ -35,10 +36,47 @@ struct Product {
   float post_scale;
 };
 
-// kRows pixels from `row` on, kVecs vectors from `column` on; rows of b are b_step apart.
-template <int kRows, int kVecs>
-PNFS_INLINE void product_tile(const Product& p, std::int64_t row, const float* b,
-                              std::int64_t b_step, std::int64_t column) {
+// What a finished sum of one row becomes.
+PNFS_INLINE void finish(const Product& p, std::int64_t row, std::int64_t column, Vec sum) {
+  Vec value = activate(sum, p.act);
+  if (p.has_post) value += p.post_scale * load(p.post[row] + column);
+  store(p.out[row] + column, value);
+}
+
+// A as it lies, and panels of floats.
+struct Floats {
+  const Product& p;
+
+  std::int64_t panel_rows() const { return p.segments * p.depth; }
+
+  // sum += A·B of kRows pixels from `row` on; rows of b are b_step apart.
+  template <int kRows, int kVecs>
+  PNFS_INLINE_MEMBER void multiply_add(std::int64_t row, const float* b, std::int64_t b_step,
+                                       Vec (&sum)[kRows][kVecs]) const {
+    for (std::int64_t s = 0; s < p.segments; ++s) {
+      const float* a[kRows];
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) a[r] = p.a[row + r] + p.segment_at[s];
+      for (std::int64_t k = 0; k < p.depth; ++k) {
+        Vec columns[kVecs];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kWidth);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+          const float element = a[r][k];
+#pragma GCC unroll 4
+          for (int v = 0; v < kVecs; ++v) sum[r][v] += element * columns[v];
+        }
+        b += b_step;
+      }
+    }
+  }
+};
+
+// kRows pixels from `row` on, kVecs vectors from `column` on.
+template <int kRows, int kVecs, class Operands>
+PNFS_INLINE void product_tile(const Product& p, const Operands& operands, std::int64_t row,
+                              const float* b, std::int64_t b_step, std::int64_t column) {
   Vec sum[kRows][kVecs];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
@@ -46,52 +84,33 @@ PNFS_INLINE void product_tile(const Product& p, std::int64_t row, const float* b
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) sum[r][v] = load(start + v * kWidth);
   }
-  for (std::int64_t s = 0; s < p.segments; ++s) {
-    const float* a[kRows];
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) a[r] = p.a[row + r] + p.segment_at[s];
-    for (std::int64_t k = 0; k < p.depth; ++k) {
-      Vec columns[kVecs];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kWidth);
-#pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        const float element = a[r][k];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) sum[r][v] += element * columns[v];
-      }
-      b += b_step;
-    }
-  }
+  operands.multiply_add(row, b, b_step, sum);
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
-    float* out = p.out[row + r] + column;
-    const float* post = p.post[row + r] + column;
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      Vec value = activate(sum[r][v], p.act);
-      if (p.has_post) value += p.post_scale * load(post + v * kWidth);
-      store(out + v * kWidth, value);
-    }
+    for (int v = 0; v < kVecs; ++v) finish(p, row + r, column + v * kWidth, sum[r][v]);
   }
 }
 
-template <int kRows, int kVecs>
-void product_rest(const Product& p, std::int64_t row, std::int64_t rows, const float* b,
-                  std::int64_t b_step, std::int64_t column) {
+template <int kRows, int kVecs, class Operands>
+void product_rest(const Product& p, const Operands& operands, std::int64_t row, std::int64_t rows,
+                  const float* b, std::int64_t b_step, std::int64_t column) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return product_tile<kRows, kVecs>(p, row, b, b_step, column);
-    product_rest<kRows - 1, kVecs>(p, row, rows, b, b_step, column);
+    if (rows == kRows) {
+      return product_tile<kRows, kVecs>(p, operands, row, b, b_step, column);
+    }
+    product_rest<kRows - 1, kVecs>(p, operands, row, rows, b, b_step, column);
   }
 }
 
-template <int kRows, int kVecs>
-void product_columns(const Product& p, const float* b, std::int64_t b_step, std::int64_t column) {
+template <int kRows, int kVecs, class Operands>
+void product_columns(const Product& p, const Operands& operands, const float* b,
+                     std::int64_t b_step, std::int64_t column) {
   std::int64_t row = 0;
   for (; row + kRows <= p.pixels; row += kRows) {
-    product_tile<kRows, kVecs>(p, row, b, b_step, column);
+    product_tile<kRows, kVecs>(p, operands, row, b, b_step, column);
   }
-  product_rest<kRows - 1, kVecs>(p, row, p.pixels - row, b, b_step, column);
+  product_rest<kRows - 1, kVecs>(p, operands, row, p.pixels - row, b, b_step, column);
 }
 
 // Widths of panels, as pnfs.kernels.folded_network.panel_widths() has them.
@@ -102,23 +121,24 @@ PNFS_INLINE std::int64_t panel_width(std::int64_t rest) {
   return vectors % 4 == 0 || vectors > 9 || vectors == 7 ? 64 : 48;
 }
 
-void multiply(const Product& p) {
+template <class Operands>
+void multiply_panels(const Product& p, const Operands& operands) {
   const float* b = p.weight;
   for (std::int64_t column = 0; column < p.columns;) {
     const std::int64_t width = panel_width(p.columns - column);
     if constexpr (kWidth == 16) {
       switch (width) {
-        case 64: product_columns<6, 4>(p, b, 64, column); break;
-        case 48: product_columns<8, 3>(p, b, 48, column); break;
-        case 32: product_columns<6, 2>(p, b, 32, column); break;
-        default: product_columns<8, 1>(p, b, 16, column); break;
+        case 64: product_columns<6, 4>(p, operands, b, 64, column); break;
+        case 48: product_columns<8, 3>(p, operands, b, 48, column); break;
+        case 32: product_columns<6, 2>(p, operands, b, 32, column); break;
+        default: product_columns<8, 1>(p, operands, b, 16, column); break;
       }
     } else {
       for (std::int64_t at = 0; at < width; at += 2 * kWidth) {
-        product_columns<6, 2>(p, b + at, width, column + at);
+        product_columns<6, 2>(p, operands, b + at, width, column + at);
       }
     }
-    b += width * p.segments * p.depth;
+    b += width * operands.panel_rows();
     column += width;
   }
 }

@@ -24,7 +24,8 @@ from pnfs.fabric import Fabric
 from pnfs.folding.backbones import fused_backbone, write_mobilenet, write_stem
 from pnfs.folding.fabric import FabricFolder, live_inputs
 from pnfs.folding.writer import Feature, Writer
-from pnfs.kernels.folded_network import OP, folded_network, pack
+from pnfs.kernels import native
+from pnfs.kernels.folded_network import OP, folded_network
 from pnfs.kernels.folded_program import NONE, RELU, Head
 from pnfs.model import PoseNet
 
@@ -37,17 +38,19 @@ class FoldedPoseNet(nn.Module):
         backbone: modules that run before the program, or None where the program has all of it.
         weights: all weights, in the program's order.
         program: see `pnfs.kernels.folded_network`.
+        rounded_products: whether the program's products round their operands to bfloat16.
     """
 
     weights: Tensor
 
-    def __init__(self, model: PoseNet) -> None:
+    def __init__(self, model: PoseNet, bfloat16: bool = False) -> None:
         super().__init__()
         self.config = model.config
-        writer = Writer()
+        writer = Writer(bfloat16)
         with torch.no_grad():
             self.backbone = None if _is_foldable(model) else fused_backbone(model.backbone)
             _write_network(writer, model)
+        self.rounded_products = bfloat16
         self.program = writer.program(model.config.skeleton_table.num_keypoints)
         dtype = next(model.parameters()).dtype
         device = next(model.parameters()).device
@@ -60,16 +63,21 @@ class FoldedPoseNet(nn.Module):
             PnfsError: a size that is no multiple of 32, or another dtype.
         """
         maps = [images] if self.backbone is None else list(self.backbone(images))
+        if self.rounded_products:  # a backbone under autocast gives such maps
+            maps = [x.to(self.weights.dtype) for x in maps]
         return folded_network(maps, self.weights, self.program)
 
 
-def fold(model: nn.Module) -> FoldedPoseNet:
+def fold(model: nn.Module, bfloat16: bool = False) -> FoldedPoseNet:
     """The evaluation mode of `model`, as it is now, in one native call.
 
     The result shares no memory with `model`, whose later changes it does not see.
 
     Args:
         model: a PoseNet, from `build_model` or `load_model`.
+        bfloat16: round the operands of 1×1 and 3×3 convolutions to bfloat16, which processors with
+            AMX or AVX512-BF16 multiply faster; sums and maps stay in float32. Depthwise
+            convolutions and a backbone outside the program are not touched.
 
     Raises:
         PnfsError: not a PoseNet, or one with partial channels.
@@ -81,7 +89,7 @@ def fold(model: nn.Module) -> FoldedPoseNet:
             "fold: a fabric with partial channels cannot be folded; train its architecture with "
             "partial=1 (search.architecture), which is what partial channels are for"
         )
-    return FoldedPoseNet(model).eval()
+    return FoldedPoseNet(model, bfloat16).eval()
 
 
 class ReplayedNetwork(nn.Module):
@@ -100,12 +108,12 @@ class ReplayedNetwork(nn.Module):
 
 
 def for_evaluation(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
-    """`model` as it runs fastest: a PoseNet in float32 folded, on a CPU that has the kernel; any
-    network replayed, on a GPU."""
+    """`model` as it runs fastest: a PoseNet in float32 or bfloat16 folded, on a CPU that has the
+    kernel; any network replayed, on a GPU."""
     recorder = recorder_for(device)
     if recorder is not None:
         return ReplayedNetwork(model, recorder)
-    if type(model) is not PoseNet or device.type != "cpu" or precision != "fp32":
+    if type(model) is not PoseNet or device.type != "cpu" or precision == "fp16":
         return model
     if _has_partial_channels(model):
         return model
@@ -116,7 +124,10 @@ def for_evaluation(model: nn.Module, device: torch.device, precision: str) -> nn
         chosen = OP.choose([[example], example, ""])
     except PnfsError:  # another backend was asked for
         return model
-    return fold(model) if chosen == "cpp" else model
+    if chosen != "cpp":
+        return model
+    # Without instructions for bfloat16, float32 is faster, and closer.
+    return fold(model, precision == "bf16" and native.module("_cpu").multiplies_bfloat16())
 
 
 def _has_partial_channels(model: PoseNet) -> bool:
@@ -150,7 +161,7 @@ def _write_network(writer: Writer, model: PoseNet) -> None:
         folder = FabricFolder(writer, model.fabric, part, pyramid)
         heads.append(writer.materialise(folder.outputs([0])[0], act=RELU))
     convs = [cast(nn.Conv2d, conv) for conv in model.head.convs]
-    weights = [writer.store(pack(conv.weight.detach().double().flatten(1).cpu())) for conv in convs]
+    weights = [writer.matrix(conv.weight.detach().double().flatten(1).cpu()) for conv in convs]
     biases = [writer.store(cast(Tensor, conv.bias).detach().cpu()) for conv in convs]
     parts = tuple(tuple(keypoints) for keypoints in model.config.part_table.values())
     depth = model.head.vector_dim

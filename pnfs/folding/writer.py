@@ -37,9 +37,14 @@ class Feature:
 
 
 class Writer:
-    """Collects buffers, steps and weights."""
+    """Collects buffers, steps and weights.
 
-    def __init__(self) -> None:
+    Args:
+        bfloat16: products in bfloat16, see `Program`.
+    """
+
+    def __init__(self, bfloat16: bool = False) -> None:
+        self.bfloat16 = bfloat16
         self.inputs: list[int] = []
         self.buffers: list[Buffer] = []
         self.steps: list[Step] = []
@@ -69,6 +74,10 @@ class Writer:
         self.chunks.append(torch.cat([flat, flat.new_zeros(padding)]))
         self.floats += len(flat) + padding
         return offset
+
+    def matrix(self, matrix: Tensor) -> int:
+        """Offset of a matrix (O, I), packed for products."""
+        return self.store(pack(matrix, self.bfloat16))
 
     def scalar(self, value: float) -> int:
         if value not in self.scalars:
@@ -110,7 +119,7 @@ class Writer:
             options["dilation"] = dilation
             reach = dilation
         if expand is not None:
-            options["expand"] = self.store(pack(expand[0]))
+            options["expand"] = self.matrix(expand[0])
             options["expand_bias"] = self.store(expand[1])
             options["expand_act"] = expand[2]
             reach = 0  # the step pads what it expands
@@ -122,7 +131,7 @@ class Writer:
             channels,
             outputs,
             self.store(self.channels(bias)),
-            weight=self.store(pack(matrix)),
+            weight=self.matrix(matrix),
             kernel=k,
             stride=stride,
             borders=bias.dim() == 2,
@@ -173,7 +182,10 @@ class Writer:
         return torch.cat(self.chunks)
 
     def program(self, keypoints: int) -> str:
-        return Program(tuple(self.inputs), keypoints, tuple(self.buffers), tuple(self.steps)).text()
+        program = Program(
+            tuple(self.inputs), keypoints, tuple(self.buffers), tuple(self.steps), self.bfloat16
+        )
+        return program.text()
 
 
 def biased(kernel: Tensor, bias: Tensor, feature: Feature) -> Tensor:

@@ -44,7 +44,8 @@ def folded_network(inputs: Sequence[Tensor], weights: Tensor, program: str) -> T
     Args:
         inputs: tensors (N, C, H, W) as the program's inputs are: images, or the maps of a pyramid,
             finest first, each level half the size of the one before; any layout, one dtype.
-        weights: one-dimensional, of the inputs' dtype; float32 (float64: by the reference).
+        weights: one-dimensional, of the inputs' dtype; float32 (float64: by the reference). A
+            program with products in bfloat16 keeps pairs of these in them, see `pack`.
         program: `Program.text()`.
 
     Returns:
@@ -81,22 +82,34 @@ def panel_widths(columns: int) -> list[int]:
     return [64] * ((vectors - 3 * threes) // 4) + [48] * threes
 
 
-def pack(matrix: Tensor) -> Tensor:
-    """W (outputs, depth) → its panels, each (depth, width), back to back, zeros in the padding."""
+def pack(matrix: Tensor, bfloat16: bool = False) -> Tensor:
+    """W (outputs, depth) → its panels, each (depth, width), back to back, zeros in the padding.
+
+    In bfloat16 a panel is (depth / 2, width), depth padded to 32, and each element holds the bits
+    of two as one float32: the earlier row's are the low ones.
+    """
     outputs, depth = matrix.shape
     widths = panel_widths(outputs)
-    padded = matrix.new_zeros(sum(widths), depth)
-    padded[:outputs] = matrix
+    padded = matrix.new_zeros(sum(widths), round_up(depth, 32) if bfloat16 else depth)
+    padded[:outputs, :depth] = matrix
+    if bfloat16:  # finite ones are finite float32, which float64 holds exactly, too
+        padded = padded.bfloat16().view(torch.float32).to(matrix.dtype)
     return torch.cat([panel.t().reshape(-1) for panel in padded.split(widths)])
 
 
-def unpack(weights: Tensor, offset: int, outputs: int, depth: int) -> Tensor:
+def unpack(
+    weights: Tensor, offset: int, outputs: int, depth: int, bfloat16: bool = False
+) -> Tensor:
     """The inverse of `pack`, from `weights` at `offset`."""
+    rows = round_up(depth, 32) // 2 if bfloat16 else depth
     panels = []
     for width in panel_widths(outputs):
-        panels.append(weights[offset : offset + depth * width].view(depth, width).t())
-        offset += depth * width
-    return torch.cat(panels)[:outputs]
+        panels.append(weights[offset : offset + rows * width].view(rows, width).t())
+        offset += rows * width
+    matrix = torch.cat(panels)
+    if bfloat16:
+        matrix = matrix.float().contiguous().view(torch.bfloat16).to(weights.dtype)
+    return matrix[:outputs, :depth]
 
 
 def folded_network_reference(inputs: Sequence[Tensor], weights: Tensor, program: str) -> Tensor:
@@ -137,7 +150,7 @@ def step_tensors(
             return found
         if step.expand != NONE:
             channels = program.buffers[step.source].channels
-            matrix = unpack(weights, step.expand, step.channels, channels)
+            matrix = unpack(weights, step.expand, step.channels, channels, program.bfloat16)
             found |= {
                 "expand": matrix[:, :, None, None],
                 "expand_bias": vector(step.expand_bias, step.channels),
@@ -147,7 +160,7 @@ def step_tensors(
             taps = vector(step.taps, 9 * padded).view(9, padded)[:, :c].t().reshape(c, 1, 3, 3)
             found |= {"taps": taps, "taps_bias": vector(step.taps_bias, c)}
         k = step.kernel
-        matrix = unpack(weights, step.weight, step.outputs, k * k * step.channels)
+        matrix = unpack(weights, step.weight, step.outputs, k * k * step.channels, program.bfloat16)
         found["kernel"] = matrix.view(step.outputs, k, k, step.channels).permute(0, 3, 1, 2)
         return found
     if isinstance(step, Pool):
@@ -160,7 +173,8 @@ def step_tensors(
             zip(step.sources, step.weights, step.biases, step.keypoints, strict=True)
         ):
             rows = len(keypoints) * step.depth
-            matrix = unpack(weights, weight, rows, program.buffers[source].channels)
+            channels = program.buffers[source].channels
+            matrix = unpack(weights, weight, rows, channels, program.bfloat16)
             found |= {f"weight{i}": matrix[:, :, None, None], f"bias{i}": vector(bias, rows)}
         return found
     return {}
@@ -225,14 +239,15 @@ def _conv(
     if step.weight != NONE:
         x, stride = _read(program, maps, step.source), step.stride
         if step.expand != NONE:
-            x = activate(F.conv2d(x, own["expand"], own["expand_bias"]), step.expand_act)
+            y = F.conv2d(_operand(program, x), own["expand"], own["expand_bias"])
+            x = activate(y, step.expand_act)
         if step.taps != NONE:
             taps, d, c = own["taps"], step.dilation, step.channels
             x = F.conv2d(x, taps, own["taps_bias"], stride, d, d, groups=c)
             x, stride = activate(x, step.taps_act), 1
         # the usual bias belongs to the convolution: engines then see one operation
         bias = None if step.borders else total.flatten()
-        y = F.conv2d(x, own["kernel"], bias, stride, step.kernel // 2)
+        y = F.conv2d(_operand(program, x), own["kernel"], bias, stride, step.kernel // 2)
         total = y + total if step.borders else y
     if step.pre != NONE:
         total = total + _scaled(own, "pre_scale", _read(program, maps, step.pre))
@@ -245,6 +260,10 @@ def _conv(
         shift = program.buffers[step.out].level - program.inputs[0]
         y = y.expand(first.shape[0], -1, first.shape[2] >> shift, first.shape[3] >> shift)
     return y
+
+
+def _operand(program: Program, x: Tensor) -> Tensor:
+    return x.bfloat16().to(x.dtype) if program.bfloat16 else x
 
 
 def _scaled(own: StepTensors, name: str, x: Tensor) -> Tensor:
@@ -271,7 +290,7 @@ def _pool(program: Program, step: Pool, own: StepTensors, maps: dict[int, Tensor
 def _head(program: Program, step: Head, own: StepTensors, maps: dict[int, Tensor]) -> Tensor:
     found: list[list[Tensor]] = [[] for _ in range(program.keypoints)]
     for i, (source, keypoints) in enumerate(zip(step.sources, step.keypoints, strict=True)):
-        x = _read(program, maps, source)
+        x = _operand(program, _read(program, maps, source))
         v = F.conv2d(x, own[f"weight{i}"], own[f"bias{i}"]).unflatten(1, (-1, step.depth))
         squared = v.square().sum(2)
         scores = v.squeeze(2) if step.depth == 1 else squared / (1 + squared)

@@ -120,17 +120,20 @@ class Program:
     Attributes:
         inputs: per input its level; the first is the finest.
         keypoints: K.
+        bfloat16: whether the products (W, expand, the head's) round their operands to bfloat16;
+            sums, depthwise taps and maps stay as they are. `pack` stores such matrices as pairs.
     """
 
     inputs: tuple[int, ...]
     keypoints: int
     buffers: tuple[Buffer, ...]
     steps: tuple[Step, ...]
+    bfloat16: bool = False
 
     def text(self) -> str:
         steps = [[KINDS.index(type(step)), *astuple(step)] for step in self.steps]
         buffers = [astuple(buffer) for buffer in self.buffers]
-        tree = [self.inputs, self.keypoints, buffers, steps]
+        tree = [self.inputs, self.keypoints, buffers, steps, self.bfloat16]
         return json.dumps(tree, separators=(",", ":"))
 
 
@@ -141,18 +144,19 @@ def parse(text: str) -> Program:
     def frozen(value: Any) -> Any:
         return tuple(map(frozen, value)) if isinstance(value, list) else value
 
-    inputs, keypoints, buffers, steps = json.loads(text)
+    inputs, keypoints, buffers, steps, bfloat16 = json.loads(text)
     return Program(
         frozen(inputs),
         keypoints,
         tuple(Buffer(*row) for row in buffers),
         tuple(KINDS[kind](*map(frozen, row)) for kind, *row in steps),
+        bfloat16,
     )
 
 
-def round_up(channels: int) -> int:
-    """Channels with their padding to whole vectors."""
-    return -(-channels // LANES) * LANES
+def round_up(channels: int, step: int = LANES) -> int:
+    """Channels with their padding to whole vectors, or to a multiple of `step`."""
+    return -(-channels // step) * step
 
 
 # What the C++ walks: the program for one size, as integers. See csrc/cpu/folded_network.cpp.
@@ -249,6 +253,7 @@ def plan(text: str, height: int, width: int) -> Tensor:
     shift = 2 - program.inputs[0]
     header = [len(program.buffers), len(program.steps), program.keypoints]
     header += [height >> shift, width >> shift, serial_floats, staged_floats, max(stages) + 1]
+    header.append(int(program.bfloat16))
     for step, stage in zip(program.steps, stages, strict=True):
         flat = [int(value) for value in _flat(astuple(step))]
         macs, _ = step_cost(program, step)

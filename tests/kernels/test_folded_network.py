@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import error_of, memory_filled_with_nan, results_by_threads
+from numerics import BF16_ISAS, error_of, memory_filled_with_nan, results_by_threads
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,7 +36,7 @@ def finish(
     """Ends the program in a head that reads `buffer`; the program and its weights."""
     channels = writer.buffers[buffer].channels
     heads = [
-        (writer.store(pack(normal(len(p) * depth, channels) / channels**0.5)),
+        (writer.matrix(normal(len(p) * depth, channels) / channels**0.5),
          writer.store(normal(len(p) * depth)))
         for p in parts
     ]  # fmt: skip
@@ -62,19 +62,23 @@ def maps(
 
 
 def check(inputs: list[Tensor], program: str, weights: Tensor) -> None:
-    """C++ and the reference in float32 against the reference in float64."""
+    """C++ and the reference in float32 against the reference in float64. In bfloat16 a last digit
+    can round an operand up instead of down, which is 1/256 of it."""
     want = folded_network([x.double() for x in inputs], weights, program)
     for backend in ("torch", "cpp"):
         with use_backend(backend):
             have = folded_network(inputs, weights.float(), program)
-        assert error_of(have, want) < 1e-5, backend
+        assert error_of(have, want) < (1e-2 if parse(program).bfloat16 else 1e-5), backend
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize(
+    ("isa", "bfloat16"),
+    [*((isa, False) for isa in INSTRUCTION_SETS), *((isa, True) for isa in BF16_ISAS)],
+)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
-def test_convolutions_equal_the_reference(isa: str, data: st.DataObject) -> None:
+def test_convolutions_equal_the_reference(isa: str, bfloat16: bool, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 99)))
     inputs, outputs = data.draw(COLUMNS), data.draw(COLUMNS)
     units = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 3)))
@@ -83,7 +87,7 @@ def test_convolutions_equal_the_reference(isa: str, data: st.DataObject) -> None
     act = data.draw(st.sampled_from([LINEAR, RELU, RELU6]))
     stride = data.draw(st.integers(1, 2)) if kind not in ("1x1", "sum") else 1
     terms = {name: data.draw(st.booleans()) for name in ("pre", "up", "post")}
-    writer = Writer()
+    writer = Writer(bfloat16)
     buffers = pyramid(writer, (inputs, inputs, outputs, outputs))
     level = stride - 1
     same = writer.buffer(2 + level, outputs)  # more maps of the output's size
@@ -165,20 +169,51 @@ def test_heads_add_the_parts_that_share_a_keypoint(
     check(maps((24,), 3, (2, 1)), program, weights)
 
 
+@needs_cpp
+@pytest.mark.parametrize("isa", BF16_ISAS)
+@pytest.mark.parametrize("pixels", [(1, 1), (3, 2), (4, 6)])
+def test_whole_numbers_in_bfloat16_are_exact(
+    isa: str, pixels: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of whole numbers are exact, so all round the same operands: an error is a wrong term."""
+    monkeypatch.setenv("PNFS_ISA", isa)
+    torch.manual_seed(1)
+
+    def few(*shape: int) -> Tensor:  # mostly zeros
+        return (torch.randint(0, 6, shape) == 0).double()
+
+    writer = Writer(bfloat16=True)
+    (x,) = pyramid(writer, (21,))
+    wide, narrow, out = (writer.buffer(2, count) for count in (83, 40, 20))
+    writer.conv(x, wide, few(83, 21, 3, 3), few(83), act=RELU)
+    writer.conv(
+        wide, narrow, few(40, 99), few(40), act=RELU, taps=few(99, 3, 3), taps_bias=few(99),
+        taps_act=RELU6, expand=(few(99, 83), few(99), RELU6),
+    )  # fmt: skip
+    writer.conv(narrow, out, few(20, 40), few(20), act=RELU6)
+    program, weights = finish(writer, out)
+    inputs = [few(2, 21, 8 * pixels[0], 8 * pixels[1])]
+    want = folded_network(inputs, weights, program)
+    have = folded_network([x.float() for x in inputs], weights.float(), program)
+    assert error_of(have, want) < 1e-6
+
+
 @settings(max_examples=50, deadline=None)
-@given(outputs=st.integers(1, 700), depth=st.integers(1, 40))
-def test_packing_can_be_undone(outputs: int, depth: int) -> None:
+@given(outputs=st.integers(1, 700), depth=st.integers(1, 70), bfloat16=st.booleans())
+def test_packing_can_be_undone(outputs: int, depth: int, bfloat16: bool) -> None:
     matrix = torch.randn(outputs, depth)
-    packed = pack(matrix)
-    assert len(packed) == depth * sum(panel_widths(outputs))
+    packed = pack(matrix, bfloat16)
+    rows = -(-depth // 32) * 16 if bfloat16 else depth
+    assert len(packed) == rows * sum(panel_widths(outputs))
     assert sum(panel_widths(outputs)) < outputs + 16
-    assert torch.equal(unpack(packed, 0, outputs, depth), matrix)
+    want = matrix.bfloat16().float() if bfloat16 else matrix
+    assert torch.equal(unpack(packed.double(), 0, outputs, depth, bfloat16).float(), want)
 
 
-def network() -> tuple[str, Tensor]:
+def network(bfloat16: bool = False) -> tuple[str, Tensor]:
     """A small network that has padded maps, views of one and terms of several scales."""
     torch.manual_seed(5)
-    writer = Writer()
+    writer = Writer(bfloat16)
     x, y = pyramid(writer, (20, 40))
     whole = writer.buffer(2, 64)
     views = [writer.view(whole, 32 * i, 20) for i in range(2)]
@@ -199,20 +234,22 @@ def network() -> tuple[str, Tensor]:
 
 
 @needs_cpp
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("batch", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("units", [(1, 1), (2, 3), (1, 9)])
-def test_batches_and_sizes(batch: int, units: tuple[int, int]) -> None:
-    program, weights = network()
+def test_batches_and_sizes(batch: int, units: tuple[int, int], bfloat16: bool) -> None:
+    program, weights = network(bfloat16)
     check(maps((20, 40), batch, units), program, weights)
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("isa", BF16_ISAS)
 def test_the_bits_do_not_depend_on_threads_or_batch(
-    isa: str, monkeypatch: pytest.MonkeyPatch
+    isa: str, bfloat16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PNFS_ISA", isa)
-    program, weights = network()
+    program, weights = network(bfloat16)
     inputs = maps((20, 40), 5, (2, 3))
 
     def call() -> list[Tensor]:
@@ -226,8 +263,9 @@ def test_the_bits_do_not_depend_on_threads_or_batch(
 
 
 @needs_cpp
-def test_memory_of_earlier_calls_does_not_show() -> None:
-    program, weights = network()
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_memory_of_earlier_calls_does_not_show(bfloat16: bool) -> None:
+    program, weights = network(bfloat16)
     inputs = maps((20, 40), 3, (1, 3))
     with memory_filled_with_nan():
         want = folded_network(inputs, weights.float(), program)

@@ -552,7 +552,7 @@ def test_torch_compile_keeps_a_map_with_several_readers() -> None:
 
 @needs_cpp
 def test_an_instruction_set_that_is_unknown_is_named() -> None:
-    message = "PNFS_ISA is 'avx1024'; use avx512, avx2 or portable"
+    message = "PNFS_ISA is 'avx1024'; use amx, avx512_bf16, avx512, avx2 or portable"
     case = random_case((1, 1, 4, 3, 3), 2)
     environment = mock.patch.dict(os.environ, PNFS_ISA="avx1024")
     with use_backend("cpp"), environment, pytest.raises(RuntimeError, match=message):

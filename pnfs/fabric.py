@@ -10,7 +10,7 @@ ReLU of its own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -23,6 +23,7 @@ from pnfs.config import Profile
 from pnfs.kernels.checks import dense_stacked
 from pnfs.kernels.shared import SharedMap
 from pnfs.liveness import CellPlan, Dropped, FabricPlan, Parts, Place, plan_fabric
+from pnfs.mixing import Mix, MixTable
 from pnfs.operations import (
     BN_EPS,
     Normalised,
@@ -36,16 +37,10 @@ from pnfs.operations import (
     select_parts,
 )
 from pnfs.running import left_alone
-from pnfs.topology import Topology
+from pnfs.topology import SLOTS, Topology
 
 # (layer, level) -> x_PNCHW of the parts that have it
 Features = Mapping[tuple[int, int], SharedMap]
-
-
-def _columns(weights: Tensor, columns: list[int]) -> Tensor:
-    """`weights[:, columns]`; an index made of Python numbers would be copied at every call."""
-    unbound = weights.unbind(1)
-    return torch.stack([unbound[column] for column in columns], dim=1)
 
 
 def _select_shared(x: SharedMap, have: Parts, wanted: Parts) -> Tensor | SharedMap:
@@ -101,14 +96,12 @@ class MixedEdge(nn.Module):
         self,
         operations: tuple[str, ...],
         channels: int,
-        profile: Profile,
         parts: Parts,
         users: tuple[Parts, ...],
         partial: int = 1,
     ) -> None:
         """`parts`: those of the cell; `users`: per operation, those that use it."""
         super().__init__()
-        self.scale = float(len(operations)) if profile == "posenfs" else 1.0
         self.parts = parts
         self.partial, self.mixed = partial, channels // partial
         self.users = {name: used for name, used in zip(operations, users, strict=True) if used}
@@ -126,18 +119,22 @@ class MixedEdge(nn.Module):
         terms = (["skip"] if self.has_skip else []) + list(self.operations)
         self.columns = [operations.index(name) for name in terms]
 
-    def forward(self, x_PNCHW: Tensor | SharedMap, alpha_PO: Tensor) -> Tensor:
-        """x (P, N, C, H, W), softmax(α) of this edge (P, O) → (P, N, C, H, W)."""
+    def mix(self, alpha_row: int) -> Mix:
+        """The weights that `forward` takes, of this row of softmax(α)."""
+        return Mix(self.parts, alpha_row, tuple((column,) for column in self.columns))
+
+    def forward(self, x_PNCHW: Tensor | SharedMap, weights_PT: Tensor) -> Tensor:
+        """x (P, N, C, H, W), the weights of `mix` → (P, N, C, H, W)."""
         shared = x_PNCHW if isinstance(x_PNCHW, SharedMap) else SharedMap(x_PNCHW)
         if self.partial == 1:
-            return self._mix(shared, alpha_PO)
+            return self._mix(shared, weights_PT)
         x_PNHWC = shared.map.permute(0, 1, 3, 4, 2)
-        mixed = self._mix(SharedMap(dense_stacked(shared.map[:, :, : self.mixed])), alpha_PO)
+        mixed = self._mix(SharedMap(dense_stacked(shared.map[:, :, : self.mixed])), weights_PT)
         passing_by = x_PNHWC[..., self.mixed :]
         both = torch.cat([passing_by, mixed.permute(0, 1, 3, 4, 2)], dim=-1)
         return both.permute(0, 1, 4, 2, 3)
 
-    def _mix(self, shared: SharedMap, alpha_PO: Tensor) -> Tensor:
+    def _mix(self, shared: SharedMap, weights_PT: Tensor) -> Tensor:
         if not self.columns:
             return torch.zeros_like(shared.map)
         results: dict[str, Normalised] = {}
@@ -157,7 +154,7 @@ class MixedEdge(nn.Module):
             [y for y, _, _ in branches],
             [mean for _, mean, _ in branches],
             [var for _, _, var in branches],
-            self.scale * _columns(alpha_PO, self.columns),
+            weights_PT,
             relu=[bool(branch.relu) for branch in self.operations.values()],
             eps=BN_EPS,
         )
@@ -184,61 +181,67 @@ class Cell(nn.Module):
             for source, readers in zip(plan.row.inputs, plan.inputs, strict=True)
         )
         self.edges = nn.ModuleList(
-            MixedEdge(topology.operations, channels, profile, plan.parts, users, partial)
+            MixedEdge(topology.operations, channels, plan.parts, users, partial)
             for users in plan.operations
         )
         self.output = PartConv2d(
             parts, channels * topology.hidden, channels, 1, bias=True, normalised=False
         )
 
-    def input_node(self, features: Features, beta_P3: Tensor) -> Tensor:
+        live = [source for source in plan.row.inputs if plan.inputs[source.slot]]
+        # Border copies of the parallel input are the same map: one term, whose weights are added.
+        self.same = [source for source in live if source.transform == "same"]
+        self.others = [source for source in live if source.transform != "same"]
+
+    def mixes(self) -> tuple[Mix, list[Mix]]:
+        """The weights that `forward` takes, of softmax(β) and, edge by edge, of softmax(α)."""
+        same = tuple(source.slot for source in self.same)
+        terms = (*((same,) if same else ()), *((source.slot,) for source in self.others))
+        return (
+            Mix(self.plan.parts, self.row.beta_row, terms),
+            [
+                cast(MixedEdge, edge).mix(row.alpha_row)
+                for row, edge in zip(self.edge_rows, self.edges, strict=True)
+            ],
+        )
+
+    def input_node(self, features: Features, weights_PT: Tensor) -> Tensor:
         """h₀ = Σ softmax(β) · T(O) over parallel, above and below (Eq. 2)."""
-        row, parts, readers = self.row, self.plan.parts, self.plan.inputs
-        scale = float(len(row.inputs)) if self.profile == "posenfs" else 1.0
-        live = [source for source in row.inputs if readers[source.slot]]
-        # Border copies of the parallel input are the same map: one source with the sum of weights.
-        same = [source for source in live if source.transform == "same"]
-        others = [source for source in live if source.transform != "same"]
-        transforms = [cast(ScaleTransform, self.inputs[source.slot]) for source in others]
-        beta_P = beta_P3.unbind(1)
-        sources, weights = [], []
-        if same:
-            place = same[0].source
+        parts, readers = self.plan.parts, self.plan.inputs
+        sources = []
+        if self.same:
+            place = self.same[0].source
             sources.append(select_parts(features[place].map, self.sources[place], parts))
-            of_same = [beta_P[source.slot] for source in same]
-            weights.append(sum(of_same[1:], of_same[0]))
         maps, affine = [], []
-        for source, transform in zip(others, transforms, strict=True):
-            used = readers[source.slot]
+        for source in self.others:
+            transform, used = cast(ScaleTransform, self.inputs[source.slot]), readers[source.slot]
             read = _select_shared(features[source.source], self.sources[source.source], used)
             maps.append([select_parts(tensor, used, parts) for tensor in transform(read)])
             affine.append([select_parts(tensor, used, parts) for tensor in transform.affine()])
-            weights.append(beta_P[source.slot])
         return kernels.scale_mix(
             [*sources, *(y for y, _, _ in maps)],
-            [*(["same"] if same else []), *(source.transform for source in others)],
+            [*(["same"] if self.same else []), *(source.transform for source in self.others)],
             [mean for _, mean, _ in maps],
             [var for _, _, var in maps],
             [gamma for gamma, _ in affine],
             [beta for _, beta in affine],
-            scale * torch.stack(weights, dim=1),
+            weights_PT,
             relu=self.profile == "posenfs",
             down_relu=self.profile == "paper",
             eps=BN_EPS,
         )
 
-    def forward(self, features: Features, alpha_PEO: Tensor, beta_P3: Tensor) -> Tensor:
-        """Earlier outputs, softmax(α) (P, E, O) and this cell's softmax(β) (P, 3) → output node.
+    def forward(self, features: Features, of_inputs: Tensor, *of_edges: Tensor) -> Tensor:
+        """Earlier outputs, the weights of `mixes` → output node.
 
         P are the parts in which the cell is alive, `plan.parts`.
         """
-        nodes = [SharedMap(self.input_node(features, beta_P3))]
-        alpha_PO = alpha_PEO.unbind(1)
+        nodes = [SharedMap(self.input_node(features, of_inputs))]
         for target in range(1, self.hidden + 1):
             total: Tensor | None = None
-            for edge, mixed in zip(self.edge_rows, self.edges, strict=True):
+            for edge, mixed, weights in zip(self.edge_rows, self.edges, of_edges, strict=True):
                 if edge.target == target:
-                    term = mixed(nodes[edge.source], alpha_PO[edge.alpha_row])
+                    term = mixed(nodes[edge.source], weights)
                     total = term if total is None else total + term
             assert total is not None
             nodes.append(SharedMap(total))
@@ -317,6 +320,12 @@ class Fabric(nn.Module):
         self.cells = nn.ModuleDict(
             {cell.row.name: Cell(cell, self.plan, profile, partial) for cell in self.plan.cells}
         )
+        mixes = [cast(Cell, cell).mixes() for cell in self.cells.values()]
+        inputs, operations = len(SLOTS), len(topology.operations)
+        factors = (inputs, operations) if profile == "posenfs" else (1, 1)
+        self.of_inputs = MixTable(self.beta.shape, [mix for mix, _ in mixes], factors[0])
+        of_edges = [mix for _, edges in mixes for mix in edges]
+        self.of_edges = MixTable(self.alpha.shape, of_edges, factors[1])
 
     def _add_mask(
         self, name: str, logits: Tensor, dropped: frozenset[tuple[int, int, int]]
@@ -336,21 +345,21 @@ class Fabric(nn.Module):
         beta = self.beta if self.beta_mask is None else self.beta + self.beta_mask
         return mixing_weights(alpha), mixing_weights(beta)
 
-    def _run(self, cell: Cell, features: Features, alpha_PEO: Tensor, beta_P3: Tensor) -> Tensor:
+    def _run(self, cell: Cell, features: Features, weights: Sequence[Tensor]) -> Tensor:
         """The output of a cell; `features` then hold what the next reader takes."""
         if not (self.checkpoint and self.training and torch.is_grad_enabled()):
-            return cast(Tensor, cell(features, alpha_PEO, beta_P3))
+            return cast(Tensor, cell(features, *weights))
         read = [place for place in cell.sources if place in features]
 
-        def run(alpha_PEO: Tensor, beta_P3: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            maps = tensors[len(weights) :]
             shared = {place: SharedMap(x) for place, x in zip(read, maps, strict=True)}
-            output = cell(shared, alpha_PEO, beta_P3)
+            output = cell(shared, *tensors[: len(weights)])
             return output, *(x.map for x in shared.values())
 
         output, *maps = recomputed(
             run,
-            alpha_PEO,
-            beta_P3,
+            *weights,
             *(features[place].map for place in read),
             use_reentrant=False,
             preserve_rng_state=False,  # cells draw nothing
@@ -373,27 +382,27 @@ class Fabric(nn.Module):
             `plan.outputs[level]`; None where these are none.
         """
         features: dict[Place, SharedMap] = {}
-        everywhere = tuple(range(self.parts))
         layer = self.topology.input_layer
         for level, users in enumerate(self.plan.reads):
             x_NCHW = inputs[level]
             if not users:
                 continue
             assert x_NCHW is not None
-            x_PNCHW = x_NCHW.expand(len(users), *x_NCHW.shape)
+            # As rows of pixels, which is how the gradients of the parts are then added up.
+            x_PNHWC = x_NCHW.permute(0, 2, 3, 1).expand(len(users), -1, -1, -1, -1)
+            x_PNCHW = x_PNHWC.permute(0, 1, 4, 2, 3)
             if self.reduce:
                 x_PNCHW = self.reduce[level](x_PNCHW)
             features[(layer, level)] = SharedMap(x_PNCHW)
         alpha, beta = self.mixing_weights()
-        betas = beta.unbind(1)
-        for cell in self.plan.cells:
-            row, place = cell.row, (cell.row.layer, cell.row.level)
-            output = self._run(
-                cast(Cell, self.cells[row.name]),
-                features,
-                select_parts(alpha, everywhere, cell.parts),
-                select_parts(betas[row.beta_row], everywhere, cell.parts),
+        of_edges, edges = self.of_edges(alpha), len(self.topology.edges)
+        for i, (plan, of_inputs) in enumerate(
+            zip(self.plan.cells, self.of_inputs(beta), strict=True)
+        ):
+            cell = cast(Cell, self.cells[plan.row.name])
+            weights = of_inputs, *of_edges[i * edges : (i + 1) * edges]
+            features[(plan.row.layer, plan.row.level)] = SharedMap(
+                self._run(cell, features, weights)
             )
-            features[place] = SharedMap(output)
         places = [(row.layer, row.level) for row in self.topology.output_cells]
         return tuple(features[place].map if place in features else None for place in places)

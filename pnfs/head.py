@@ -57,11 +57,15 @@ class VectorHead(nn.Module):
             nn.init.normal_(cast(nn.Conv2d, conv).weight, std=0.02)
             nn.init.zeros_(cast(Tensor, conv.bias))
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Per-part features (N, C, H, W) → per-part vectors (N, k, D, H, W)."""
+    def forward(self, features: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """Per-part features (N, C, H, W), stacked or not → per-part vectors (N, k, D, H, W)."""
+        if isinstance(features, Tensor):
+            rectified: Sequence[Tensor] = F.relu(features).unbind(0)
+        else:
+            rectified = [F.relu(x_NCHW) for x_NCHW in features]
         return [
-            conv(F.relu(x_NCHW)).unflatten(1, (-1, self.vector_dim))
-            for conv, x_NCHW in zip(self.convs, features, strict=True)
+            conv(x_NCHW).unflatten(1, (-1, self.vector_dim))
+            for conv, x_NCHW in zip(self.convs, rectified, strict=True)
         ]
 
 

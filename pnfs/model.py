@@ -64,8 +64,7 @@ class PoseNet(nn.Module):
     @moved_together()
     def vectors(self, images: Tensor) -> list[Tensor]:
         """Images (N, 3, H, W) → per part the vectors (N, K_p, d, H/4, W/4) before the squash."""
-        part_features = self.fabric(self.backbone(images))[0]
-        return self.head(part_features.unbind(0))
+        return self.head(self.fabric(self.backbone(images))[0])
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores of all keypoints.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from pnfs.architecture import entropy, mixing_weights, randomize_
@@ -14,6 +17,7 @@ from pnfs.folding import fold
 from pnfs.kernels import use_backend
 from pnfs.kernels.checks import as_stacked
 from pnfs.kernels.shared import SharedMap
+from pnfs.mixing import Mix, MixTable
 from pnfs.model import build_model
 from pnfs.operations import build_branch
 from pnfs.topology import build_topology
@@ -28,6 +32,12 @@ def _fabric(
     fabric = Fabric(topology, parts, profile=profile, in_channels=CHANNELS)
     randomize_(fabric.architecture_parameters(), seed=1)
     return fabric
+
+
+def _weights(softmax: Tensor, mix: Mix, factor: float) -> Tensor:
+    """Of one mix, from a softmax (P, columns) of one row."""
+    table = MixTable((len(softmax), 1, softmax.shape[1]), [mix], factor).to(softmax.dtype)
+    return table(softmax[:, None])[0]
 
 
 def _pyramid(batch: int = 2, height: int = 16, width: int = 8) -> tuple[torch.Tensor, ...]:
@@ -95,8 +105,10 @@ def test_the_posenfs_profile_scales_the_mixes_and_the_papers_does_not():
     cell, printed = posenfs.cells[row.name], paper.cells[row.name]
     x = torch.randn(2, 1, row.channels, 4, 4, dtype=torch.float64)
     alpha = mixing_weights(torch.randn(2, 2, dtype=torch.float64))
-    torch.testing.assert_close(printed.edges[0](x, alpha), alpha[:, 1].view(-1, 1, 1, 1, 1) * x)
-    torch.testing.assert_close(cell.edges[0](x, alpha), 2 * alpha[:, 1].view(-1, 1, 1, 1, 1) * x)
+    for fabric, edge, factor in ((paper, printed.edges[0], 1), (posenfs, cell.edges[0], 2)):
+        weights = _weights(alpha, edge.mix(0), fabric.of_edges.factor)
+        want = factor * alpha[:, 1].view(-1, 1, 1, 1, 1) * x
+        torch.testing.assert_close(edge(x, weights), want)
 
     printed.load_state_dict(cell.state_dict())
     beta = mixing_weights(torch.randn(2, 3, dtype=torch.float64))
@@ -107,20 +119,35 @@ def test_the_posenfs_profile_scales_the_mixes_and_the_papers_does_not():
         )
         for source in row.inputs
     }  # fmt: skip
-    torch.testing.assert_close(
-        cell.input_node(features, beta), F.relu(3 * printed.input_node(features, beta))
+    ours, papers = (
+        node.input_node(
+            features, _weights(beta, replace(node.mixes()[0], row=0), fabric.of_inputs.factor)
+        )
+        for fabric, node in ((posenfs, cell), (paper, printed))
     )
+    torch.testing.assert_close(ours, F.relu(3 * papers))
 
 
-@pytest.mark.parametrize("profile", ["posenfs", "paper"])
-def test_partial_channels_send_the_first_through_the_mix_and_let_the_others_pass(profile):
+def test_border_copies_of_an_input_are_one_term_with_the_sum_of_their_weights():
+    fabric = _fabric(2)
+    place = list(fabric.cells).index("cell_3_0")
+    mix, _ = fabric.cells["cell_3_0"].mixes()
+    assert mix.terms == ((0, 1), (2,))
+    beta = fabric.mixing_weights()[1]
+    weights = fabric.of_inputs(beta)[place]
+    same, above, below = beta[:, mix.row].unbind(1)
+    torch.testing.assert_close(weights, 3 * torch.stack([same + above, below], dim=1))
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_partial_channels_send_the_first_through_the_mix_and_let_the_others_pass(factor):
     operations, everywhere = ("zero", "skip", "separable", "max_pool"), (0, 1)
     users = (everywhere,) * len(operations)
-    edge = MixedEdge(operations, 8, profile, everywhere, users, partial=4)
-    small = MixedEdge(operations, 2, profile, everywhere, users)
+    edge = MixedEdge(operations, 8, everywhere, users, partial=4)
+    small = MixedEdge(operations, 2, everywhere, users)
     small.load_state_dict(edge.state_dict())
     x = as_stacked(torch.randn(2, 3, 8, 6, 5)).requires_grad_(True)
-    alpha = torch.randn(2, 4).softmax(-1)
+    alpha = _weights(torch.randn(2, 4).softmax(-1), edge.mix(0), factor)
     mixed = small(as_stacked(x[:, :, :2]), alpha)
     out = edge(x, alpha)
     assert torch.equal(out, torch.cat([x[:, :, 2:], mixed], dim=2))
@@ -136,7 +163,7 @@ def test_partial_channels_send_the_first_through_the_mix_and_let_the_others_pass
 def test_a_mix_of_zero_alone_is_zero():
     fabric = _fabric(2, operations=("zero",))
     edge = fabric.cells["cell_3_0"].edges[0]
-    assert not edge(torch.randn(2, 1, 8, 4, 4), torch.ones(2, 1)).any()
+    assert not edge(torch.randn(2, 1, 8, 4, 4), torch.ones(2, 0)).any()
 
 
 def test_average_pooling_does_not_count_the_padding():

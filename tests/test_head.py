@@ -56,6 +56,8 @@ def test_head_channels_are_keypoint_times_d_plus_component():
     assert [tuple(v.shape) for v in vectors] == [(1, 2, 5, 2, 2), (1, 3, 5, 2, 2)]
     flat = head.convs[1](features[1].relu())
     assert torch.equal(vectors[1][:, 2, 4], flat[:, 2 * 5 + 4])
+    for apart, together in zip(vectors, head(torch.stack(features)), strict=True):
+        assert torch.equal(apart, together)
 
 
 def test_targets_peak_at_one_in_the_published_cell_also_on_the_border():

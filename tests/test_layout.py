@@ -18,9 +18,9 @@ PACKAGE = ROOT / "pnfs"
 # A module imports only what stands before it. pnfs/__init__.py imports on first use.
 ORDER = """
 errors skeleton topology sections config statefile runtime capture kernels info architecture
-liveness running operations fabric backbones head baselines model folding distributed costs search
-data decode evaluation checkpoint compat pruning runlog recorder schedule steps train estimator
-plotting predict export commands demo cli
+liveness running mixing operations fabric backbones head baselines model folding distributed costs
+search data decode evaluation checkpoint compat pruning runlog recorder schedule steps train
+estimator plotting predict export commands demo cli
 """.split()
 
 # Files beside those of the ops.

@@ -31,9 +31,8 @@ class _Betas:
 
     def __init__(self, fabric: Fabric, part: int) -> None:
         self.topology = fabric.topology
-        scale = 3.0 if fabric.profile == "posenfs" else 1.0
         beta = fabric.mixing_weights()[1][part].detach().cpu().double()
-        self.rows = scale * beta
+        self.rows = fabric.of_inputs.factor * beta
         self.readers = {cell.row.name: cell.inputs for cell in fabric.plan.cells}
         self.part = part
 
@@ -229,7 +228,7 @@ class FabricFolder:
             mixed = cast(MixedEdge, mixed)
             if edge.target != target:
                 continue
-            weights = mixed.scale * self.alpha[edge.alpha_row]
+            weights = self.fabric.of_edges.factor * self.alpha[edge.alpha_row]
             terms = dict(zip(mixed.columns, weights[mixed.columns].tolist(), strict=True))
             columns = iter(mixed.columns)
             source = nodes[edge.source]

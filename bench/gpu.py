@@ -98,7 +98,8 @@ def stages(dry: bool, folder: Path) -> list[Stage]:
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     dry_flag = ["--dry-run"] if dry else []
     no_checker = "no GPU in a dry run" if dry else None if checker else "no compute-sanitizer"
-    checked = [f"tests/kernels/test_{op}.py" for op in CUDA_OPS]
+    kernel_tests = ROOT / "tests" / "kernels"
+    checked = [str(path) for op in CUDA_OPS for path in kernel_tests.glob(f"test_{op}*.py")]
 
     def sanitized(tool: str) -> Stage:
         command = [str(checker), "--tool", tool, "--error-exitcode", "9", *pytest, *checked]

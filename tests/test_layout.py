@@ -30,9 +30,13 @@ INFRASTRUCTURE = {
     "csrc/cpu": {"cpu_module", "isa"},
     "csrc/cuda": {"cuda_module"},
     "tests/kernels": {
+        "batch_norm_act_cases",
         "conftest",
         "cuda_emulation",
+        "decode_heatmaps_cases",
+        "depthwise_fanout_cases",
         "keypoint_vectors",
+        "separable_conv_cases",
         "test_cuda_emulation",
         "test_registry",
         "test_triton_compile",
@@ -51,8 +55,9 @@ INFRASTRUCTURE = {
     },
 }
 WHOLE_SYSTEM_BENCHES = {"bench_train", "bench_predict", "bench_loader"}
-# Of one op's source: by instruction set, or its backward kernels in a file of their own.
-VARIANTS = ("_avx512", "_avx2", "_portable", "_backward")
+# Of one op's source: by instruction set, or its backward kernels in a file of their own. And of its
+# tests: those of values, and those of what callers and torch rely on.
+VARIANTS = ("_avx512", "_avx2", "_portable", "_backward", "_interface")
 
 
 def stems(folder: str, suffixes: tuple[str, ...]) -> set[str]:

@@ -2,150 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-
 import pytest
 import torch
+from batch_norm_act_cases import (
+    DTYPES,
+    check,
+    needs_cpp,
+    of_every_kind,
+    on_every_backend,
+    on_triton,
+    random_case,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import (
-    ISAS,
-    check_every_value_is_written_and_equal_in_every_run,
-    error_of,
-    memory_filled_with_nan,
-    opcheck,
-    value_and_gradients,
-)
+from numerics import ISAS, error_of, memory_filled_with_nan, value_and_gradients
 from torch import Tensor
 from torch.nn import functional as F
 
-from pnfs.errors import PnfsError
 from pnfs.kernels import batch_norm_act, batch_stats, native, use_backend
 from pnfs.kernels.checks import ACTIVATIONS, STORAGE_CPU, Activation
-from pnfs.kernels.registry import OpCost, op_costs
 
-DTYPES = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-if native.triton_interpreted():  # which cuts bfloat16 off
-    DTYPES[torch.bfloat16] = 2**-7
-# torch.batch_norm in float32 takes x·scale less mean·scale, which costs digits that ours keep.
-TORCH_TOLERANCE = 3e-4
-
-needs_cpp = pytest.mark.skipif(
-    not native.has_function("_cpu", "batch_norm_act")[0],
-    reason=native.has_function("_cpu", "batch_norm_act")[1] or "-",
-)
-BACKENDS = [
-    pytest.param("torch", "cpu"),
-    pytest.param("cpp", "cpu", marks=needs_cpp),
-    pytest.param("triton", "cpu"),
-    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
-]
-on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
-on_triton = pytest.mark.parametrize(("backend", "device"), BACKENDS[2:])
 # Of random shapes; Triton's interpreter takes milliseconds per program.
 EXAMPLES = 6 if native.triton_interpreted() else 40
-of_every_kind = pytest.mark.parametrize(
-    ("activation", "residual", "given_stats"),
-    [(a, r, g) for a in ACTIVATIONS for r in (False, True) for g in (False, True)],
-)
-
-
-@dataclass(frozen=True)
-class Case:
-    """The tensors of one call, and its activation."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor | None
-    var: Tensor | None
-    residual: Tensor | None
-    activation: Activation
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Case:
-        return replace(self, **{name: change(value) for name, value in self.tensors.items()})
-
-    def results(self) -> list[Tensor]:
-        """y, the statistics that were found, and the gradients of all tensors."""
-        names = list(self.tensors)
-        own: list[Tensor] = []
-
-        def call(*tensors: Tensor) -> Tensor:
-            case = replace(self, **dict(zip(names, tensors, strict=True)))
-            y, mean, var = batch_norm_act(
-                case.x, case.weight, case.bias, mean=case.mean, var=case.var,
-                residual=case.residual, activation=case.activation,
-            )  # fmt: skip
-            assert not mean.requires_grad and not var.requires_grad
-            own[:] = [mean, var]
-            return y
-
-        y, *gradients = value_and_gradients(call, list(self.tensors.values()))
-        return [y, *own, *gradients]
-
-
-def random_case(
-    shape: tuple[int, int, int, int],
-    activation: Activation = "relu6",
-    *,
-    residual: bool = False,
-    given_stats: bool = False,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    offset: float = 1,
-) -> Case:
-    """Channels-last maps of mean `offset`; what the activation takes lies off its edges, where
-    rounding decides."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
-
-    def map_() -> Tensor:
-        n, c, h, w = shape
-        return normal(n, h, w, c).permute(0, 3, 1, 2)
-
-    c = shape[1]
-    stats = [normal(c), normal(c).square() + 0.1] if given_stats else [None, None]
-    added = map_().to(dtype) if residual else None
-    weight, bias = normal(c).abs() + 0.5, 2 * normal(c) + 1
-    case = Case((2 * map_() + offset).to(dtype), weight, bias, *stats, added, activation)
-    for _ in range(3):
-        plain = replace(case, activation="none")
-        with use_backend("torch"), torch.no_grad():
-            z = batch_norm_act(**{name: value.double() for name, value in plain.tensors.items()})[0]
-        near = (z.abs() < 1e-4) | ((z - 6).abs() < 1e-4)
-        if not near.any():
-            break
-        case = replace(case, x=torch.where(near, case.x + 0.0625, case.x))
-    return case
-
-
-def check(case: Case, backend: str, device: str, magnified: float = 1) -> list[Tensor]:
-    """`magnified`: how often rounding counts, where a deviation or a sum nearly cancels."""
-    tolerance = magnified * DTYPES[case.x.dtype]
-    if backend == "torch":
-        tolerance = max(tolerance, TORCH_TOLERANCE)
-    with use_backend("torch"):
-        want = case.map(Tensor.double).results()
-    with use_backend(backend):
-        have = case.map(lambda tensor: tensor.to(device)).results()
-    y = have[0]
-    assert y.dtype == case.x.dtype
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    found = torch.float32 if case.mean is None else None
-    dtypes = [found or tensor.dtype for tensor in have[1:3]]
-    dtypes = [case.x.dtype, *dtypes, *(tensor.dtype for tensor in case.tensors.values())]
-    for result, right, dtype in zip(have, want, dtypes, strict=True):
-        assert result.dtype == dtype
-        assert error_of(result, right) <= tolerance
-    return have
 
 
 def taken(backend: str, dtype: torch.dtype) -> bool:
@@ -337,39 +215,6 @@ def test_every_instruction_set(
             check(random_case((2, channels, 20, 17), residual=residual, dtype=dtype), "cpp", "cpu")
 
 
-@needs_cpp
-@pytest.mark.parametrize("given_stats", [False, True])
-@pytest.mark.parametrize("residual", [False, True])
-def test_every_value_is_written_and_equal_in_every_run(given_stats: bool, residual: bool) -> None:
-    case = random_case((3, 24, 117, 119), residual=residual, given_stats=given_stats)
-    check_every_value_is_written_and_equal_in_every_run(case.results)
-
-
-@needs_cpp
-def test_the_residual_shares_its_gradient_where_nothing_masks_it() -> None:
-    case = random_case((2, 16, 3, 4), "none", residual=True)
-    x, weight, bias, residual = (t.requires_grad_() for t in case.tensors.values())
-    with use_backend("cpp"):
-        y = batch_norm_act(x, weight, bias, residual=residual)[0]
-    gy = torch.randn_like(y)
-    _, given = torch.autograd.grad(y, (x, residual), gy)
-    assert given.data_ptr() == gy.data_ptr()
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", STORAGE_CPU)
-@of_every_kind
-def test_opcheck(
-    dtype: torch.dtype, activation: Activation, residual: bool, given_stats: bool
-) -> None:
-    kind = {"residual": residual, "given_stats": given_stats, "dtype": dtype}
-    for shape in ((2, 5, 3, 4), (1, 16, 1, 1)):
-        case = random_case(shape, activation, **kind)
-        code = ACTIVATIONS.index(activation)
-        args = (case.x, case.weight, case.bias, case.mean, case.var, case.residual, code, 1e-5)
-        opcheck("batch_norm_act_cpp", *args)
-
-
 @on_triton
 @pytest.mark.parametrize("given_stats", [False, True])
 @pytest.mark.parametrize("shape", [(2, 20, 29, 18), (1, 3, 1, 1)])
@@ -389,65 +234,3 @@ def test_programs_that_take_several_steps(
     with memory_filled_with_nan():
         first, second = (check(case, backend, device, magnified=10) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@on_triton
-@pytest.mark.parametrize("given_stats", [False, True])
-def test_opcheck_of_triton(backend: str, device: str, given_stats: bool) -> None:
-    case = random_case((2, 5, 3, 4), residual=True, given_stats=given_stats)
-    case = case.map(lambda tensor: tensor.to(device).requires_grad_())
-    code = ACTIVATIONS.index(case.activation)
-    args = (case.x, case.weight, case.bias, case.mean, case.var, case.residual, code, 1e-5)
-    torch.library.opcheck(torch.ops.pnfs.batch_norm_act_triton.default, args)
-
-
-@pytest.mark.parametrize("given_stats", [False, True])
-@pytest.mark.parametrize("residual", [False, True])
-def test_costs_of_the_gpu(given_stats: bool, residual: bool) -> None:
-    """Two sums per channel of 12 blocks of 128 pixels, backward 24 of 64, written by the first
-    launch, and read by each of 24 programs per channel of the second."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    case = random_case((2, 32, 32, 24), residual=residual, given_stats=given_stats)
-    case = case.map(lambda tensor: tensor.to("meta"))
-    args = (case.x, case.weight, case.bias, case.mean, case.var, case.residual, 2, 1e-5)
-    maps = case.x.nbytes
-    forward = op_costs["pnfs::batch_norm_act_triton"](args, None)
-    stats = (case.bias, case.bias)
-    args = (case.x, case.x, case.weight, case.bias, *stats, case.residual, 2, not given_stats, 1e-5)
-    backward = op_costs["pnfs::batch_norm_act_triton_backward"](args, None)
-    sums = 4 * 2 * 32 * (1 + 24)
-    if given_stats:
-        assert forward == OpCost(1, (2 + residual) * maps)
-        assert backward == OpCost(2, (3 + 2 * residual) * maps)
-    else:
-        assert forward == OpCost(2, (3 + residual) * maps, scratch=12 * sums)
-        assert backward == OpCost(2, (5 + 2 * residual) * maps, scratch=24 * sums)
-
-
-@needs_cpp
-def test_torch_compile_keeps_the_op_and_its_gradient() -> None:
-    case = random_case((2, 16, 4, 4), "relu6", residual=True)
-
-    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return 2 * batch_norm_act(x, weight, bias, residual=residual, activation="relu6")[0]
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    tensors = list(case.tensors.values())
-    have, want = value_and_gradients(compiled, tensors), value_and_gradients(call, tensors)
-    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
-
-
-def test_wrong_arguments_are_named() -> None:
-    x, one = torch.zeros(1, 2, 1, 1), torch.ones(2)
-    with pytest.raises(PnfsError, match="x must have shape"):
-        batch_norm_act(x[0], one, one)
-    with pytest.raises(PnfsError, match=r"weight must have shape \(2\)"):
-        batch_norm_act(x, one[:1], one)
-    with pytest.raises(PnfsError, match="bias must be float32"):
-        batch_norm_act(x, one, one.double())
-    with pytest.raises(PnfsError, match="mean and var must be given both or neither"):
-        batch_norm_act(x, one, one, mean=one)
-    with pytest.raises(PnfsError, match="residual must have shape"):
-        batch_norm_act(x, one, one, residual=x[:, :1])
-    with pytest.raises(PnfsError, match="did you mean 'relu'"):
-        batch_norm_act(x, one, one, activation="relu7")  # type: ignore[arg-type]

@@ -3,110 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from decode_heatmaps_cases import (
+    DTYPES,
+    Case,
+    check,
+    expected,
+    lay_out,
+    on_every_backend,
+    random_case,
+    run,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from pnfs.errors import PnfsError
-from pnfs.kernels import decode_heatmaps, native, use_backend
+from pnfs.kernels import use_backend
 from pnfs.skeleton import COCO
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-needs_cpp = pytest.mark.skipif(
-    not native.has_function("_cpu", "decode_heatmaps")[0],
-    reason=native.has_function("_cpu", "decode_heatmaps")[1] or "-",
-)
-BACKENDS = [
-    pytest.param("torch", "cpu"),
-    pytest.param("cpp", "cpu", marks=needs_cpp),
-    pytest.param("triton", "cpu"),
-    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
-]
-on_every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
-
-
-@dataclass(frozen=True)
-class Case:
-    """The arguments of one call."""
-
-    heatmaps: Tensor
-    matrices: Tensor
-    flipped: Tensor | None = None
-    permutation: Tensor | tuple[int, ...] | None = None
-    shift: bool = False
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Case:
-        """The same with both maps changed."""
-        flipped = None if self.flipped is None else change(self.flipped)
-        return replace(self, heatmaps=change(self.heatmaps), flipped=flipped)
-
-
-def random_case(
-    shape: tuple[int, int, int, int],
-    seed: int = 0,
-    *,
-    flip: bool = True,
-    shift: bool = False,
-    dtype: torch.dtype = torch.float32,
-    levels: int = 255,
-) -> Case:
-    """Multiples of 1/256, which every dtype and every average holds exactly; few levels give many
-    equal maxima."""
-    n, k = shape[:2]
-    generator = torch.Generator().manual_seed(seed)
-    low = -levels if seed % 3 else -2 * levels
-
-    def maps() -> Tensor:
-        return (torch.randint(low, levels + 1, shape, generator=generator) / 256).to(dtype)
-
-    return Case(
-        maps(),
-        torch.randn(n, 2, 3, generator=generator, dtype=torch.float64),
-        maps() if flip else None,
-        tuple(torch.randperm(k, generator=generator).tolist()) if flip else None,
-        shift,
-    )
-
-
-def run(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    xy, score = decode_heatmaps(
-        move(case.heatmaps),
-        move(case.matrices),
-        flipped=move(case.flipped),
-        permutation=move(case.permutation),
-        shift=case.shift,
-    )
-    assert xy.dtype == score.dtype == torch.float32
-    return xy.cpu(), score.cpu()
-
-
-def expected(case: Case) -> tuple[Tensor, Tensor]:
-    with use_backend("torch"):
-        return run(case.map(Tensor.double))
-
-
-def check(case: Case, backend: str, device: str) -> tuple[Tensor, Tensor]:
-    n, k = case.heatmaps.shape[:2]
-    with use_backend(backend):
-        xy, score = run(case, device)
-    assert xy.shape == (n, k, 2)
-    assert score.shape == (n, k)
-    want_xy, want_score = expected(case)
-    assert torch.equal(score, want_score)
-    torch.testing.assert_close(xy, want_xy, rtol=1e-6, atol=1e-5)
-    return xy, score
 
 
 def decode_by_loops(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -202,22 +119,6 @@ def draw_case(data: st.DataObject, max_k: int) -> Case:
         dtype=data.draw(st.sampled_from(DTYPES)),
         levels=data.draw(st.sampled_from([0, 1, 255])),
     )
-
-
-def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout."""
-    if layout == "channels-last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "transposed":
-        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == "gaps":  # a part of a larger tensor
-        padded = torch.full([side + 2 for side in tensor.shape], math.inf, dtype=tensor.dtype)
-        inner = padded[1:-1, 1:-1, 1:-1, 1:-1]
-        inner.copy_(tensor)
-        return inner
-    if layout == "strided":
-        return torch.stack((tensor, torch.full_like(tensor, math.inf)), dim=-1)[..., 0]
-    return tensor
 
 
 LAYOUTS = ("contiguous", "channels-last", "transposed", "gaps", "strided")
@@ -349,96 +250,3 @@ def test_a_permutation_is_a_tensor_or_a_sequence(backend: str, device: str) -> N
 def test_no_people_give_empty_results(backend: str, device: str) -> None:
     check(random_case((0, 17, 8, 6)), backend, device)
     check(random_case((2, 0, 8, 6), flip=False), backend, device)
-
-
-@needs_cpp
-def test_every_value_is_written_and_equal_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: real(*a, **k).fill_(math.nan))
-    case = random_case((5, 17, 40, 30), shift=True)
-    channels_last = case.map(lambda t: lay_out(t, "channels-last"))
-    threads = torch.get_num_threads()
-    outputs = []
-    try:
-        for count in (1, 2, 3, 1):
-            torch.set_num_threads(count)
-            with use_backend("cpp"):
-                outputs += [run(case), run(channels_last)]
-    finally:
-        torch.set_num_threads(threads)
-    assert not outputs[0][0].isnan().any()
-    for xy, score in outputs:
-        assert torch.equal(xy, outputs[0][0]) and torch.equal(score, outputs[0][1])
-
-
-@needs_cpp
-def test_addresses_beyond_two_to_the_31() -> None:
-    try:  # pages that nobody touches cost no memory
-        storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
-    except RuntimeError:
-        pytest.skip("no 4 GiB of address space")
-    small = random_case((2, 16, 12, 16), dtype=torch.bfloat16, flip=False)
-    for strides in [(2**31, 192, 16, 1), (2**31, 1, 256, 16)]:
-        far = storage.as_strided((2, 16, 12, 16), strides)
-        far.copy_(small.heatmaps)
-        check(replace(small, heatmaps=far), "cpp", "cpu")
-
-
-@needs_cpp
-def test_opcheck() -> None:
-    for dtype in DTYPES:
-        case = random_case((2, 3, 6, 18), dtype=dtype)
-        args = (case.heatmaps, case.matrices, case.flipped, torch.tensor(case.permutation), True)
-        torch.library.opcheck(torch.ops.pnfs.decode_heatmaps_cpp.default, args)
-    args = (case.heatmaps, case.matrices, None, None, False)
-    torch.library.opcheck(torch.ops.pnfs.decode_heatmaps_cpp.default, args)
-
-
-@needs_cpp
-def test_torch_compile_sees_one_op() -> None:
-    case = random_case((2, 17, 8, 18))
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=False)
-    for got, want in zip(compiled(case), run(case), strict=True):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_nothing_is_differentiated(backend: str) -> None:
-    case = random_case((1, 2, 5, 5)).map(Tensor.requires_grad_)
-    with use_backend(backend):
-        assert not any(result.requires_grad for result in run(case))
-
-
-MAPS = torch.zeros(2, 3, 4, 5)
-MATRICES = torch.zeros(2, 2, 3)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"heatmaps": MAPS[0]}, r"heatmaps must have shape \(any, any, any, any\)"),
-        ({"heatmaps": MAPS.int()}, "heatmaps must be float32 or bfloat16 or float16 or float64"),
-        ({"heatmaps": MAPS[..., :0]}, r"heatmaps must have cells, not shape \(2, 3, 4, 0\)"),
-        ({"matrices": MATRICES[:1]}, r"matrices must have shape \(2, 2, 3\), not \(1, 2, 3\)"),
-        ({"matrices": MATRICES.half()}, "matrices must be float32 or float64, not float16"),
-        ({"flipped": MAPS[:, :2]}, r"flipped must have shape \(2, 3, 4, 5\)"),
-        ({"flipped": MAPS.half()}, "flipped must be float32, not float16"),
-        ({"flipped": MAPS, "permutation": (0, 1)}, "permutation must have 3 indices"),
-        ({"flipped": MAPS, "permutation": (0, 1, 3)}, r"has index 3; indices must be 0\.\.2"),
-        ({"flipped": MAPS, "permutation": torch.tensor([0, -1, 1])}, "has index -1"),
-        ({"flipped": MAPS, "permutation": torch.zeros(3)}, "permutation must be int64"),
-        ({"flipped": MAPS.to("meta")}, "flipped is on meta but heatmaps is on cpu"),
-    ],
-)
-def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
-    arguments = {"heatmaps": MAPS, "matrices": MATRICES, **change}
-    with pytest.raises(PnfsError, match=message):
-        decode_heatmaps(arguments.pop("heatmaps"), arguments.pop("matrices"), **arguments)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_a_wrong_permutation_reads_nothing() -> None:
-    case = replace(random_case((1, 2, 5, 5)), permutation=torch.tensor([2**40, 1]))
-    with use_backend("triton"):
-        xy, score = run(case, "cuda")
-    assert score[0, 0] == -math.inf and xy[0, 0].isfinite().all()

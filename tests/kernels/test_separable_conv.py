@@ -3,166 +3,36 @@ plain layers."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import (
-    check_every_value_is_written_and_equal_in_every_run,
-    error_of,
-    memory_filled_with_nan,
-    opcheck,
-    value_and_gradients,
+from numerics import error_of, memory_filled_with_nan, value_and_gradients
+from separable_conv_cases import (
+    AFFINE,
+    DTYPES,
+    INTERPRETED,
+    Case,
+    call,
+    check,
+    on_every_backend,
+    on_every_kernel,
+    on_triton,
+    random_case,
+    using,
 )
 from torch import Tensor
 from torch.nn import functional as F
 
-from pnfs.errors import PnfsError
-from pnfs.kernels import SharedMap, checks, native, separable_conv, use_backend
+from pnfs.kernels import SharedMap, separable_conv, use_backend
 from pnfs.kernels.checks import ACTIVATIONS, STORAGE_CPU, Activation, activate
 
-DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-INTERPRETED = native.triton_interpreted()  # Triton's kernels run in its interpreter
-if INTERPRETED:  # which cuts bfloat16 off
-    DTYPES[torch.bfloat16] = 2**-6
-# It takes milliseconds per program: few random shapes and small maps.
+# Triton's interpreter takes milliseconds per program: few random shapes and small maps.
 EXAMPLES, SIDE = (2, 4) if INTERPRETED else (25, 14)
 SHAPE, OUT = ((2, 1, 36, 5, 4), 20) if INTERPRETED else ((2, 2, 36, 7, 9), 80)
-AFFINE = "depthwise bias normalised gamma beta"
-
-needs_cpp = pytest.mark.skipif(
-    not native.has_function("_cpu", "separable_conv")[0],
-    reason=native.has_function("_cpu", "separable_conv")[1] or "-",
-)
-BACKENDS = [
-    pytest.param("torch", "cpu", ""),
-    *(pytest.param("cpp", "cpu", isa, marks=needs_cpp) for isa in ("avx512", "avx2", "portable")),
-    pytest.param("triton", "cpu", ""),
-    pytest.param("triton", "cuda", "", marks=pytest.mark.gpu),
-]
-on_every_backend = pytest.mark.parametrize(("backend", "device", "isa"), BACKENDS)
-on_every_kernel = pytest.mark.parametrize(("backend", "device", "isa"), BACKENDS[1:])
-on_triton = pytest.mark.parametrize(("backend", "device", "isa"), BACKENDS[4:])
-
-
-@dataclass(frozen=True)
-class Case:
-    """The arguments of one call."""
-
-    x: Tensor
-    pointwise: Tensor
-    depthwise: Tensor | None = None
-    bias: Tensor | None = None
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    gamma: Tensor | None = None
-    beta: Tensor | None = None
-    activation: Activation = "relu"
-    dilation: int = 1
-    stats: bool = True
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Case:
-        return replace(self, **dict(zip(self.tensors, tensors, strict=True)))
-
-    def double(self) -> Case:
-        return self.with_tensors(tuple(tensor.double() for tensor in self.tensors.values()))
-
-
-def random_case(
-    shape: tuple[int, int, int, int, int],
-    out: int,
-    options: str = "depthwise bias normalised",
-    *,
-    activation: Activation = "relu",
-    dilation: int = 1,
-    stats: bool = True,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Case:
-    """`options`: which of depthwise, bias, normalised (mean and var), gamma and beta there are."""
-    generator = torch.Generator().manual_seed(seed)
-    p, n, c, h, w = shape
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
-
-    return Case(
-        normal(p, n, h, w, c).permute(0, 1, 4, 2, 3).to(dtype),
-        normal(p, out, c) / c**0.5,
-        normal(p, c, 3, 3) / 3 if "depthwise" in options else None,
-        normal(p, out) if "bias" in options else None,
-        normal(p, c) / 4 if "normalised" in options else None,
-        normal(p, c).square() + 0.1 if "normalised" in options else None,
-        normal(p, c) + 1 if "gamma" in options else None,
-        normal(p, c) + 0.5 if "beta" in options else None,
-        activation,
-        dilation,
-        stats,
-    )
-
-
-def call(case: Case) -> tuple[Tensor, ...]:
-    y, mean, var = separable_conv(
-        case.x, case.pointwise, depthwise=case.depthwise, bias=case.bias, mean=case.mean,
-        var=case.var, gamma=case.gamma, beta=case.beta, activation=case.activation,
-        dilation=case.dilation, stats=case.stats,
-    )  # fmt: skip
-    return (y, mean, var) if case.stats else (y,)
-
-
-def run(case: Case, device: str = "cpu") -> list[Tensor]:
-    """The results and the gradients of all tensors."""
-    tensors = [tensor.to(device) for tensor in case.tensors.values()]
-    return value_and_gradients(lambda *leaves: call(case.with_tensors(leaves)), tensors)
-
-
-@cache
-def cpu_has(isa: str) -> bool:
-    tiny = random_case((1, 1, 1, 1, 1), 1)
-    with mock.patch.dict(os.environ, PNFS_ISA=isa), use_backend("cpp"):
-        try:
-            call(tiny)
-        except RuntimeError:
-            return False
-    return True
-
-
-@contextmanager
-def using(backend: str, isa: str) -> Iterator[None]:
-    if isa and not cpu_has(isa):
-        pytest.skip(f"this CPU has no {isa}")
-    with mock.patch.dict(os.environ, PNFS_ISA=isa), use_backend(backend):
-        yield
-
-
-def check(case: Case, backend: str, device: str, isa: str) -> list[Tensor]:
-    with use_backend("torch"):
-        want = run(case.double())
-    with using(backend if case.x.numel() else "auto", isa):
-        have = run(case, device)
-    p, n, _, h, w = case.x.shape
-    assert have[0].dtype == case.x.dtype
-    assert have[0].shape == (p, n, case.pointwise.shape[1], h, w)
-    assert have[0].permute(0, 1, 3, 4, 2).is_contiguous()
-    names = ["y", "mean_y", "var_y"][: 3 if case.stats else 1]
-    names += [f"gradient of {name}" for name in case.tensors]
-    for name, result, right in zip(names, have, want, strict=True):
-        error, allowed = error_of(result, right), DTYPES[case.x.dtype]
-        assert error <= allowed, f"{name} is off by {error:.2e}"
-    return have
 
 
 def layers(case: Case) -> tuple[Tensor, ...]:
@@ -446,164 +316,8 @@ def test_weights_of_the_maps_type(backend: str, device: str, isa: str) -> None:
     assert have[-5].dtype == torch.bfloat16
 
 
-def test_parts_that_share_a_map_are_not_copied() -> None:
-    x = torch.randn(2, 4, 5, 16).permute(0, 3, 1, 2).expand(3, 2, 16, 4, 5)
-    assert checks.as_stacked(x) is x
-
-
-def test_without_stats_there_are_none() -> None:
-    case = random_case((1, 1, 4, 3, 3), 2)
-    for backend in ("torch", "auto"):
-        with use_backend(backend):
-            _, mean, var = separable_conv(case.x, case.pointwise, stats=False)
-        assert mean.shape == var.shape == (0,)
-
-
 @on_triton
 @pytest.mark.parametrize("options", ["bias", "depthwise normalised gamma beta"])
 def test_float16_on_a_gpu(backend: str, device: str, isa: str, options: str) -> None:
     case = random_case((2, 2, 20, 5, 6), 24, options, dtype=torch.float16)
     check(case, backend, device, isa)
-
-
-@on_triton
-def test_triton_writes_every_value_and_the_same_in_every_run(
-    backend: str, device: str, isa: str
-) -> None:
-    for case in (random_case((2, 1, 20, 5, 7), 24), random_case((1, 1, 3, 1, 1), 2, "")):
-        with using(backend, isa), memory_filled_with_nan():
-            first, second = (run(case, device) for _ in range(2))
-        assert not any(tensor.isnan().any() for tensor in first)
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@on_triton
-@pytest.mark.parametrize("options", ["", AFFINE])
-def test_opcheck_of_triton(backend: str, device: str, isa: str, options: str) -> None:
-    case = random_case((2, 1, 5, 3, 4), 6, options)
-    tensors = (case.x, case.pointwise, case.depthwise, case.bias, case.mean, case.var)
-    tensors = tuple(None if tensor is None else tensor.to(device) for tensor in tensors)
-    affine = [None if tensor is None else tensor.to(device) for tensor in (case.gamma, case.beta)]
-    opcheck("separable_conv_triton", *tensors, 1, True, 1e-5, *affine, "relu")
-
-
-def test_what_a_gpu_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "backend_available", lambda *_: (True, ""))
-    monkeypatch.setattr(native, "backend_fits", lambda *_: (True, ""))
-    case = random_case((1, 1, 2, 1, 1), 2)
-    pixels = torch.empty(1, 2**10, 2**10, 2**10, 2, device="meta").permute(0, 1, 4, 2, 3)
-    meta = case.with_tensors(tuple(tensor.to("meta") for tensor in case.tensors.values()))
-    for other, message in [
-        (case.double(), "x is float64, takes float32, bfloat16, float16"),
-        (replace(case, x=case.x[:, :0]), "the batch is empty"),
-        (replace(meta, x=pixels), "1073741824 pixels in a part, takes less than 1073741824"),
-    ]:
-        with use_backend("triton"), pytest.raises(PnfsError, match=message):
-            call(other)
-
-
-@needs_cpp
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
-def test_every_value_is_written_and_equal_in_every_run(isa: str) -> None:
-    for case in (random_case((3, 3, 80, 17, 19), 70), random_case((1, 1, 16, 40, 33), 8, "")):
-        with using("cpp", isa):
-            check_every_value_is_written_and_equal_in_every_run(partial(run, case))
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", STORAGE_CPU)
-@pytest.mark.parametrize("options", ["", "depthwise bias normalised", AFFINE])
-def test_opcheck(dtype: torch.dtype, options: str) -> None:
-    for stats in (True, False):
-        case = random_case((2, 2, 5, 3, 4), 6, options, dtype=dtype, stats=stats)
-        tensors = (case.x, case.pointwise, case.depthwise, case.bias, case.mean, case.var)
-        rest = (case.dilation, stats, 1e-5, case.gamma, case.beta, case.activation)
-        opcheck("separable_conv_cpp", *tensors, *rest)
-
-
-@needs_cpp
-def test_torch_compile_keeps_the_op_and_its_gradient() -> None:
-    case = random_case((2, 2, 16, 4, 4), 8)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(2 * result for result in call(case.with_tensors(tensors)))
-
-    have = value_and_gradients(compiled, list(case.tensors.values()))
-    for a, b in zip(have, run(case), strict=True):
-        assert torch.equal(a, 2 * b)
-
-
-@needs_cpp
-def test_torch_compile_keeps_a_map_with_several_readers() -> None:
-    case = random_case((2, 2, 16, 4, 4), 8)
-
-    def readers(*tensors: Tensor) -> tuple[Tensor, ...]:
-        x: Any = SharedMap(tensors[0])
-        y, mean, var = call(replace(case.with_tensors(tensors), x=x))
-        return y, mean, var, x.map * 3
-
-    compiled = torch.compile(readers, fullgraph=True, backend="aot_eager")
-    have = value_and_gradients(compiled, list(case.tensors.values()))
-    want = value_and_gradients(readers, list(case.tensors.values()))
-    for a, b in zip(have, want, strict=True):
-        assert torch.equal(a, b)
-
-
-@needs_cpp
-def test_an_instruction_set_that_is_unknown_is_named() -> None:
-    message = "PNFS_ISA is 'avx1024'; use amx, avx512_bf16, avx512, avx2 or portable"
-    case = random_case((1, 1, 4, 3, 3), 2)
-    environment = mock.patch.dict(os.environ, PNFS_ISA="avx1024")
-    with use_backend("cpp"), environment, pytest.raises(RuntimeError, match=message):
-        run(case)
-
-
-@needs_cpp
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [("double", "x is float64, takes float32, bfloat16"), ("empty", "the batch is empty")],
-)
-def test_what_cpp_cannot_run_goes_to_the_reference(change: str, reason: str) -> None:
-    case = random_case((2, 0 if change == "empty" else 1, 4, 3, 3), 5)
-    case = case.double() if change == "double" else case
-    with use_backend("cpp"), pytest.raises(PnfsError, match=reason):
-        run(case)
-    run(case)
-
-
-GOOD: dict[str, Any] = {
-    "x": torch.zeros(2, 1, 4, 3, 3),
-    "pointwise": torch.zeros(2, 5, 4),
-    "depthwise": torch.zeros(2, 4, 3, 3),
-    "bias": torch.zeros(2, 5),
-    "mean": torch.zeros(2, 4),
-    "var": torch.ones(2, 4),
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.zeros(1, 4, 3, 3)}, "x must have shape"),
-        ({"x": torch.zeros(2, 1, 4, 3, 3).int()}, "x must be float32 or bfloat16"),
-        ({"x": torch.zeros(2, 1, 4, 0, 3)}, "must have parts, channels and pixels"),
-        ({"x": torch.zeros(2, 1, 4, 3, 3).double()}, "pointwise must be float64, not float32"),
-        ({"pointwise": torch.zeros(2, 5, 3)}, r"pointwise must have shape \(2, any, 4\)"),
-        ({"pointwise": torch.zeros(2, 5, 4).half()}, "pointwise must be float32, not float16"),
-        ({"depthwise": torch.zeros(2, 4, 1, 3, 3)}, r"depthwise must have shape \(2, 4, 3, 3\)"),
-        ({"bias": torch.zeros(5)}, r"bias must have shape \(2, 5\)"),
-        ({"mean": None}, "mean and var must be given both or neither"),
-        ({"var": torch.ones(2, 5)}, r"var must have shape \(2, 4\)"),
-        ({"gamma": torch.ones(2, 5)}, r"gamma must have shape \(2, 4\)"),
-        ({"beta": torch.ones(2, 4).double()}, "beta must be float32, not float64"),
-        ({"mean": None, "var": None, "gamma": torch.ones(2, 4)}, "gamma and beta need mean"),
-        ({"activation": "relu5"}, "activation 'relu5' is unknown; use none, relu, relu6"),
-        ({"dilation": 0}, "dilation must be at least 1, not 0"),
-        ({"bias": torch.zeros(2, 5, device="meta")}, "bias is on meta but x is on cpu"),
-    ],
-)
-def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
-    arguments = {**GOOD, **change}
-    with pytest.raises(PnfsError, match=message):
-        separable_conv(arguments.pop("x"), arguments.pop("pointwise"), **arguments)

@@ -36,6 +36,6 @@ def interpreted() -> str:
 
 @pytest.mark.parametrize("op", [n for n, op in kernels.ops().items() if "triton" in op.backends])
 def test_the_triton_cases_of_every_op_pass(op: str, interpreted: str) -> None:
-    outcomes = re.findall(rf"test_{op}\.py::\S+ (PASSED|FAILED|ERROR)", interpreted)
+    outcomes = re.findall(rf"test_{op}(?:_interface)?\.py::\S+ (PASSED|FAILED|ERROR)", interpreted)
     assert outcomes, f"no case of {op} ran:\n{interpreted[-3000:]}"
     assert set(outcomes) == {"PASSED"}, interpreted[-10000:]

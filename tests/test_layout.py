@@ -57,7 +57,7 @@ INFRASTRUCTURE = {
 WHOLE_SYSTEM_BENCHES = {"bench_train", "bench_predict", "bench_loader"}
 # Of one op's source: by instruction set, or its backward kernels in a file of their own. And of its
 # tests: those of values, and those of what callers and torch rely on.
-VARIANTS = ("_avx512", "_avx2", "_portable", "_backward", "_interface")
+VARIANTS = ("_amx", "_avx512bf16", "_avx512", "_avx2", "_portable", "_backward", "_interface")
 
 
 def stems(folder: str, suffixes: tuple[str, ...]) -> set[str]:

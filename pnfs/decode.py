@@ -7,6 +7,9 @@ no shift, and cell `c` stands for network-input pixel `4c + 1/2`.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,12 +39,8 @@ def cell_to_image(to_image: Tensor, profile: EvalProfile, stride: int = STRIDE) 
         (N, 2, 3) float64, cell (x, y, 1) -> image pixel, on the device of `to_image`.
     """
     offset = 0.5 if profile == "posenfs" else 0.0
-    cell_to_input = torch.tensor(
-        [[stride, 0.0, offset], [0.0, stride, offset], [0.0, 0.0, 1.0]],
-        dtype=torch.float64,
-        device=to_image.device,
-    )
-    return to_image.double() @ cell_to_input
+    cell_to_input = (stride, 0.0, offset), (0.0, stride, offset), (0.0, 0.0, 1.0)
+    return to_image.double() @ _constant(cell_to_input, torch.float64, to_image.device)
 
 
 def decode(
@@ -77,9 +76,16 @@ def decode(
         heatmaps,
         matrices,
         flipped=flipped,
-        permutation=skeleton.flip_permutation,
+        permutation=_constant(skeleton.flip_permutation, torch.int64, heatmaps.device),
         shift=profile == "standard",
     )
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied to a device once: such a copy waits for all that a GPU has to do."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @torch.inference_mode()

@@ -51,7 +51,8 @@ class StepResult:
         loss: mean over the batches of all processes; may be NaN or infinite.
         taken: false if nothing was updated, because loss or gradient was not finite.
         images: of all processes.
-        data_seconds: waiting for batches and copying them to the device.
+        data_seconds: waiting for batches and copying them to the device, whether before the step
+            or, ahead, beside it.
         compute_seconds: everything else.
     """
 
@@ -113,6 +114,11 @@ class Stepper:
         self._own_rates()
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.dtype = PRECISIONS[config.train.precision]
+        self.image_settings: dict[str, Any] = {
+            "size": config.model.input_size,
+            "profile": config.data.profile,
+            "dtype": self.dtype,
+        }
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.loss_module: nn.Module = PoseLoss(model, config.data.sigma)
         # Running statistics as they were before a step: a non-finite batch must not leave its mark.
@@ -211,11 +217,7 @@ class Stepper:
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Images (N, 3, H, W), joints and weights of a batch that is on the device."""
-        config = self.config
-        images = batch.images(
-            size=config.model.input_size, profile=config.data.profile, dtype=self.dtype
-        )
-        return images, batch.joints, batch.weights
+        return batch.images(**self.image_settings), batch.joints, batch.weights
 
     def loss(self, images: Tensor, joints: Tensor, weights: Tensor, module: nn.Module) -> Tensor:
         """The training loss, with its graph; `module` is a `PoseLoss`, wrapped or not."""
@@ -264,6 +266,7 @@ class Stepper:
         learning_rate: float,
         architecture_rate: float | None = None,
         held: Callable[[], Batch] | None = None,
+        ahead: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """Take `count` batches of this process and make one step of the optimiser.
 
@@ -272,6 +275,7 @@ class Stepper:
             index: steps before this one. total: of the run.
             architecture_rate: learning rate of α and β; default that of the weights.
             held: the next batch for α and β, where the strategy has people for them.
+            ahead: called while the device computes the step; may prepare the next batches.
         """
         rate = learning_rate if architecture_rate is None else architecture_rate
         started = time.monotonic()
@@ -301,6 +305,9 @@ class Stepper:
         if self.strategy.before_step(self._context):
             inputs = [tensor for batch in taken_batches for tensor in self.inputs(batch)]
             (report,) = self.work(*inputs)
+            launched = time.monotonic()
+            ahead()
+            waited += time.monotonic() - launched
             total_loss, images_of_all, taken = report.tolist()
             if not taken:
                 torch._foreach_copy_(self.buffers, self.buffers_before)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from pnfs.checkpoint import (
 )
 from pnfs.config import Config
 from pnfs.data import Batch
+from pnfs.data.prefetch import side_for
 from pnfs.data.training import TrainingData
 from pnfs.errors import PnfsError
 from pnfs.evaluation import evaluate
@@ -145,6 +147,8 @@ class _Trainer:
         if self.checkpoint is not None:
             self._load_checkpoint(self.checkpoint)
         self.stepper.connect()
+        prepare = partial(Batch.prepared, device=self.device, **self.stepper.image_settings)
+        self.data.prefetch(prepare, side_for(self.device))
 
         self.monitor = Monitor(self.model)
         self.clock = Clock()
@@ -270,6 +274,7 @@ class _Trainer:
             learning_rate=rate,
             architecture_rate=architecture_learning_rate(config, position, self.steps_per_epoch),
             held=self.data.held,
+            ahead=self.data.ahead,
         )
         progress.step += 1
         signals, skipped = distributed.sum_over_ranks(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -64,11 +64,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def _named(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that takes memory."""
+        return list(self._named().values())
+
     def _each(self, change: Any) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)}
-        )
+        return replace(self, **{name: change(t) for name, t in self._named().items()})
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -109,6 +114,63 @@ class Batch:
             order="rgb" if profile == "standard" else "bgr",
             dtype=dtype,
         )
+
+    def prepared(
+        self,
+        device: torch.device | str,
+        *,
+        size: tuple[int, int],
+        profile: EvalProfile = "standard",
+        dtype: torch.dtype = torch.float32,
+        flip: bool = False,
+    ) -> PreparedBatch:
+        """The same batch on `device`, with `images` of these settings made; nothing waits.
+
+        Args:
+            flip: the mirrored input is made as well.
+        """
+        moved = self.to(device)
+        made = {
+            (size, profile, dtype, mirrored): moved.images(
+                size=size, profile=profile, dtype=dtype, mirrored=mirrored
+            )
+            for mirrored in ((False, True) if flip else (False,))
+        }
+        return PreparedBatch(**{f.name: getattr(moved, f.name) for f in fields(Batch)}, made=made)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedBatch(Batch):
+    """A batch that holds the network's input already.
+
+    Attributes:
+        made: what `images` hands out, by size, profile, dtype and mirrored; it makes what is not
+            among them.
+    """
+
+    made: Mapping[tuple[tuple[int, int], EvalProfile, torch.dtype, bool], Tensor] = field(
+        default_factory=dict
+    )
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *self.made.values()]
+
+    def _each(self, change: Any) -> Batch:
+        made = {settings: change(images) for settings, images in self.made.items()}
+        return replace(cast(PreparedBatch, super()._each(change)), made=made)
+
+    def images(
+        self,
+        *,
+        size: tuple[int, int],
+        profile: EvalProfile = "standard",
+        dtype: torch.dtype = torch.float32,
+        mirrored: bool = False,
+    ) -> Tensor:
+        found = self.made.get((size, profile, dtype, mirrored))
+        if found is not None:
+            return found
+        return super().images(size=size, profile=profile, dtype=dtype, mirrored=mirrored)
 
 
 def collate(

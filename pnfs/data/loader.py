@@ -6,6 +6,7 @@ kernel, called where the model runs.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pnfs.config import Config
 from pnfs.data.batch import Batch, Sample, collate
 from pnfs.data.cropcache import CropCache
+from pnfs.data.prefetch import Prefetcher, Prepare, Side
 from pnfs.data.records import PeopleDataset
 from pnfs.data.samples import SampleMaker
 from pnfs.errors import PnfsError
@@ -174,8 +176,8 @@ def _worker_context() -> BaseContext:
 class Loader:
     """Iterating gives the rest of the current epoch and then moves on to the next.
 
-    The state counts the batches that were handed out, not those that workers prepared ahead, and is
-    independent of the number of workers; a resumed loader gives the same batches bit for bit.
+    The state counts the batches that were handed out, not those that workers or a prefetcher made
+    ahead, and is independent of both; a resumed loader gives the same batches bit for bit.
     """
 
     def __init__(
@@ -196,6 +198,8 @@ class Loader:
         self._named: set[str] = set()
         self._unreported: list[str] = []
         self._notices: list[str] = []
+        self._beside: tuple[Prepare, Side] | None = None
+        self._prefetcher: Prefetcher | None = None  # of the present iteration
         self._loader: DataLoader[Any] = DataLoader(
             _Samples(maker, sampler.train),
             batch_sampler=sampler,
@@ -258,17 +262,41 @@ class Loader:
         lines, self._notices = self._notices, []
         return lines
 
+    def prefetch(self, prepare: Prepare, side: Side | None) -> None:
+        """Hand out batches as `prepare` makes them, on `side`, from the next iteration on; without
+        a side as the workers make them."""
+        self._beside = None if side is None else (prepare, side)
+
+    def ahead(self) -> None:
+        """With a side: take and prepare the next batch now, see `Prefetcher.ahead`."""
+        if self._prefetcher is not None:
+            self._prefetcher.ahead()
+
     def __iter__(self) -> Iterator[Batch]:
         sampler = self._sampler
-        for batch in self._loader:
-            self._notices += batch.notices
-            if batch.skipped:
-                self._count(batch)
-            # Before the batch is handed out: a checkpoint made after its step must not repeat it.
-            sampler.consumed += sampler.stride
-            yield batch
+        with self._batches() as batches:
+            for batch in batches:
+                self._notices += batch.notices
+                if batch.skipped:
+                    self._count(batch)
+                # Before it is handed out: a checkpoint made after its step must not repeat it.
+                sampler.consumed += sampler.stride
+                yield batch
         self.seek(sampler.epoch + 1)
         self.skipped_in_epoch = 0
+
+    @contextlib.contextmanager
+    def _batches(self) -> Iterator[Iterator[Batch]]:
+        """Of the workers, or through a prefetcher, which is closed at the end."""
+        made = iter(self._loader)
+        if self._beside is None:
+            yield made
+            return
+        self._prefetcher = prefetcher = Prefetcher(made, *self._beside)
+        try:
+            yield prefetcher
+        finally:
+            prefetcher.close()
 
     def _count(self, batch: Batch) -> None:
         if not self._sampler.train:

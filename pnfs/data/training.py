@@ -10,6 +10,7 @@ from pnfs.config import Config
 from pnfs.data import load_people
 from pnfs.data.batch import Batch
 from pnfs.data.loader import Loader, make_loader
+from pnfs.data.prefetch import Prepare, Side
 
 
 class TrainingData:
@@ -47,6 +48,16 @@ class TrainingData:
             assert self.architecture_loader is not None
             self._held = _endless(self.architecture_loader)
         return next(self._held)
+
+    def prefetch(self, prepare: Prepare, side: Side | None) -> None:
+        """Batches are made ahead, on `side`; see `Loader.prefetch`."""
+        for loader in self._loaders():
+            loader.prefetch(prepare, side)
+
+    def ahead(self) -> None:
+        """Called when a step is launched: the next batches are prepared meanwhile."""
+        for loader in self._loaders():
+            loader.ahead()
 
     def new_problems(self) -> list[str]:
         """One line for each sample left out since the last call."""

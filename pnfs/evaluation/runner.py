@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 
 from pnfs import distributed
 from pnfs.config import Config, EvalConfig, Precision
-from pnfs.data import PeopleDataset, make_loader
+from pnfs.data import Batch, PeopleDataset, make_loader
+from pnfs.data.prefetch import side_for
 from pnfs.data.transforms import PADDING, PIXEL_STD, person_center_scale
 from pnfs.decode import predict_batch
 from pnfs.errors import PnfsError
@@ -147,6 +149,9 @@ def _predict(
     stopped = False
     try:
         loader = make_loader(dataset, cfg, train=False, rank=rank, world=world)
+        size, profile, flip = cfg.model.input_size, cfg.eval.profile, cfg.eval.flip
+        prepare = partial(Batch.prepared, device=device, size=size, profile=profile, flip=flip)
+        loader.prefetch(prepare, side_for(device))
         done, total = 0, len(range(rank, len(dataset), world))
         for batch in loader:
             stopped = stop is not None and stop()
@@ -155,13 +160,14 @@ def _predict(
             xy, score = predict_batch(
                 model,
                 batch.to(device),
-                size=cfg.model.input_size,
+                size=size,
                 skeleton=dataset.skeleton,
-                profile=cfg.eval.profile,
-                flip=cfg.eval.flip,
+                profile=profile,
+                flip=flip,
                 precision=precision,
             )
-            indices.append(batch.indices.numpy())
+            loader.ahead()
+            indices.append(batch.indices.cpu().numpy())
             rows.append(torch.cat([xy, score[..., None]], dim=2).cpu().numpy())
             done += len(batch)
             if progress is not None:

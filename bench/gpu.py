@@ -110,6 +110,7 @@ def stages(dry: bool, folder: Path) -> list[Stage]:
         limit = ["--seconds", str(0.9 * seconds)]
         return Stage(name, [*command, *limit, *options, *dry_flag], seconds)
 
+    feeding = [python, "bench/feeding.py", "--out", str(folder / "feeding.jsonl"), *dry_flag]
     build = [python, "setup.py", "-q", "build_ext", "--inplace"]
     tests = ["tests/kernels", "tests/test_capture.py", "-m", "not slow", "--maxfail=40"]
     if dry:
@@ -126,6 +127,7 @@ def stages(dry: bool, folder: Path) -> list[Stage]:
         Stage("build", build, 150),
         Stage("kernel tests", [*pytest, *tests], 170),
         models("whole models", 150),
+        Stage("feeding", feeding, 90),
         Stage("ops", [*pytest, "bench/", *ignored, *benches], 110),
         Stage("repetitions", [*pytest, "bench/", *ignored, *repeated], 60),
         models("compiled models", 150, "--compiled"),

@@ -23,7 +23,10 @@ import prediction
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
-WHOLE = ("training step", "evaluation", "photographs to keypoints", "training samples")
+WHOLE = (
+    "training step", "evaluation", "photographs to keypoints", "training samples",
+    "training from files",
+)  # fmt: skip
 OURS, OTHERS = "#1f6f8b", "#b9c4c9"
 
 Row = dict[str, Any]

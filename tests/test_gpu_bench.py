@@ -68,6 +68,7 @@ def test_all_stages_fit_into_one_command_on_a_gpu(gpu: ModuleType, tmp_path: Pat
     names = [stage.name for stage in gpu.stages(False, tmp_path)]
     assert names == [stage.name for stage in gpu.stages(True, tmp_path)]
     assert {"build", "kernel tests", "ops", "whole models", "memcheck", "racecheck"} < set(names)
+    assert "feeding" in names
     assert gpu.BUDGET < 600
 
 
@@ -88,4 +89,5 @@ def test_a_dry_run_goes_through_every_stage(gpu: ModuleType, tmp_path: Path) -> 
     for precision in ("fp32", "bf16"):
         for op in ("training step", "evaluation"):
             assert (op, f"ours-1 64x64 batch 2 {precision}") in rows
+    assert "training from files" in {op for op, _ in rows}
     assert not content["failures"]

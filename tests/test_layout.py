@@ -44,6 +44,7 @@ INFRASTRUCTURE = {
     },
     "bench": {
         "conftest",
+        "feeding",
         "gpu",
         "harness",
         "plain_model",

@@ -49,9 +49,13 @@ def is_whole(row: Row) -> bool:
     return row["op"] in WHOLE
 
 
-def milliseconds(microseconds: float) -> str:
-    value = microseconds / 1e3
+def figures(value: float) -> str:
+    """Three of them, or all before the point."""
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def milliseconds(microseconds: float) -> str:
+    return figures(microseconds / 1e3)
 
 
 def limit(row: Row) -> str:
@@ -95,7 +99,7 @@ def chart_whole(rows: Sequence[Row], path: Path) -> None:
         names = sorted(times, key=lambda name: -times[name])
         rates = [row["images"] * 1e6 / times[name] for name in names]
         bars = panel.barh(names, rates, color=[OURS if n == "pnfs" else OTHERS for n in names])
-        panel.bar_label(bars, [f"{rate:.3g}" for rate in rates], padding=3, fontsize=8)
+        panel.bar_label(bars, [figures(rate) for rate in rates], padding=3, fontsize=8)
         panel.set_title(f"{row['op']}: {row['case']}", fontsize=9, loc="left")
         panel.set_xlabel("images per second", fontsize=8)
         finish(panel, max(rates))

@@ -12,6 +12,8 @@ alone, and test_triton_interpreter.py starts the second from the first.
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +34,13 @@ def _is_case(item: pytest.Item, backend: str) -> bool:
 
 @pytest.fixture(scope="session")
 def emulated_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return build_module(tmp_path_factory.mktemp("cuda_emulation"))
+    """Compiled once, also where several workers of pytest-xdist share a run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with open(folder / "cuda_emulation.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build_module(folder)
 
 
 @pytest.fixture(autouse=True)

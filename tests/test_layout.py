@@ -26,7 +26,7 @@ estimator plotting predict export commands demo cli
 # Files beside those of the ops.
 INFRASTRUCTURE = {
     "pnfs/kernels": {"__init__", "registry", "checks", "native", "shared", "folded_program"},
-    "pnfs/kernels/triton": {"__init__", "aot", "maps", "separable_kernels"},
+    "pnfs/kernels/triton": {"__init__", "aot", "maps", "separable_kernels", "tuning"},
     "csrc/cpu": {"cpu_module", "isa"},
     "csrc/cuda": {"cuda_module"},
     "tests/kernels": {
@@ -41,6 +41,7 @@ INFRASTRUCTURE = {
         "test_registry",
         "test_triton_compile",
         "test_triton_interpreter",
+        "test_triton_tuning",
     },
     "bench": {
         "conftest",
@@ -52,6 +53,7 @@ INFRASTRUCTURE = {
         "records",
         "report",
         "timing",
+        "tuning",
         "whole_models",
     },
 }

@@ -17,7 +17,7 @@ from pnfs.errors import PnfsError
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from pnfs.kernels.triton import aot
+from pnfs.kernels.triton import aot, tuning
 
 HALF = (torch.bfloat16, torch.float16)
 Call = Callable[[], Any]
@@ -138,9 +138,13 @@ def calls_of_ops() -> Iterator[tuple[str, Call]]:
     yield "decode_heatmaps", partial(decode, fp32, False, True, (1, 1))
 
 
+def spilling(usages: list[aot.Usage]) -> list[aot.Usage]:
+    return [usage for usage in usages if usage.local > 0]
+
+
 def check(usages: list[aot.Usage]) -> None:
     print("\n" + aot.table(usages))
-    assert not [usage for usage in usages if usage.local > 0]
+    assert not spilling(usages)
     assert all(usage.registers > 0 and usage.occupancy >= 0.25 for usage in usages)
 
 
@@ -162,6 +166,19 @@ def test_the_kernels_of_whole_steps_compile_without_spills(
     wanted = {"decode_heatmaps"} if step == "evaluation" else {"vector_heatmap_loss"}
     wanted |= {"batch_norm_act", "mixed_sum", "scale_mix", "separable_conv"}
     assert names >= wanted | ({"batch_stats"} if step == "training step" else set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+@pytest.mark.parametrize("index", range(1, tuning.MOST))
+def test_the_other_configurations_compile_without_spills(index: int, arch: int) -> None:
+    """Occupancy is for a measurement to judge."""
+    for call in aot.CALLS.values():
+        for dtype in aot.DTYPES:
+            with tuning.candidate(index):
+                usages = aot.compile_calls(partial(call, aot.PRESET, aot.BATCH, dtype), arch)
+            print("\n" + aot.table(usages))
+            assert not spilling(usages)
 
 
 @pytest.mark.parametrize("op", [n for n, op in kernels.ops().items() if "triton" in op.backends])

@@ -34,8 +34,12 @@ def interpreted() -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("op", [n for n, op in kernels.ops().items() if "triton" in op.backends])
-def test_the_triton_cases_of_every_op_pass(op: str, interpreted: str) -> None:
-    outcomes = re.findall(rf"test_{op}(?:_interface)?\.py::\S+ (PASSED|FAILED|ERROR)", interpreted)
-    assert outcomes, f"no case of {op} ran:\n{interpreted[-3000:]}"
+OPS = [name for name, op in kernels.ops().items() if "triton" in op.backends]
+
+
+@pytest.mark.parametrize("name", [*OPS, "triton_tuning"])
+def test_the_triton_cases_of_every_op_pass(name: str, interpreted: str) -> None:
+    pattern = rf"test_{name}(?:_interface)?\.py::\S+ (PASSED|FAILED|ERROR)"
+    outcomes = re.findall(pattern, interpreted)
+    assert outcomes, f"no case of {name} ran:\n{interpreted[-3000:]}"
     assert set(outcomes) == {"PASSED"}, interpreted[-10000:]

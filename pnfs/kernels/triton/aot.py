@@ -151,16 +151,33 @@ def _describe(args: Sequence[Any]) -> str:
     return f"{checks.short_name(first.dtype)} {'×'.join(map(str, first.shape))}"
 
 
+def walk(
+    call: Callable[[], Any],
+    arch: int,
+    launch: Callable[..., Any],
+    calls: _Calls | None = None,
+) -> None:
+    """Run `call()` with `launch` in place of launches, as `launches_go_to` has it. Tensors that
+    `call` makes have shapes alone; it may differentiate."""
+    with (
+        launches_go_to(arch, launch),
+        torch.autograd.set_multithreading_enabled(False),  # modes belong to a thread
+        FakeTensorMode(allow_non_fake_inputs=True),
+        calls or _Calls(),
+    ):
+        call()
+
+
 def compile_calls(
     call: Callable[[], Any],
     arch: int,
     change: Callable[[dict[str, Any]], dict[str, Any]] = lambda options: options,
 ) -> list[Usage]:
     """Compile every kernel that `call()` launches, for compute capability arch/10; Triton keeps the
-    binaries in its cache. Tensors that `call` makes have shapes alone.
+    binaries in its cache.
 
     Args:
-        call: uses ops, and may differentiate.
+        call: uses ops; see `walk`.
         arch: 80, 90 or 100.
         change: of the constants and options of every launch.
 
@@ -177,13 +194,7 @@ def compile_calls(
             known = _usage(calls, kernel, compiled, arch)
         found[compiled.hash] = replace(known, launches=known.launches + 1)
 
-    with (
-        launches_go_to(arch, compile_launch),
-        torch.autograd.set_multithreading_enabled(False),  # modes belong to a thread
-        FakeTensorMode(allow_non_fake_inputs=True),
-        calls,
-    ):
-        call()
+    walk(call, arch, compile_launch, calls)
     return list(found.values())
 
 
@@ -246,14 +257,8 @@ def specialisations(call: Callable[[], Any], arch: int = 90) -> dict[str, set[st
             emptied.add(kernel)
         run(kernel, *args, grid=grid, warmup=True, **options)
 
-    with (
-        mock.patch.object(knobs.runtime, "jit_cache_hook", note),
-        launches_go_to(arch, look),
-        torch.autograd.set_multithreading_enabled(False),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        _Calls(),
-    ):
-        call()
+    with mock.patch.object(knobs.runtime, "jit_cache_hook", note):
+        walk(call, arch, look)
     return found
 
 
@@ -272,31 +277,32 @@ def table(usages: Sequence[Usage]) -> str:
     return "\n".join(lines)
 
 
-def training_step(preset: str, batch: int, dtype: torch.dtype) -> None:
-    """Forward pass, loss and gradients of a preset under autocast, for `compile_calls`."""
+def training_step(preset: str, batch: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Forward pass, loss and gradients of a preset under autocast, on inputs of any values."""
     from pnfs.config import load_config
     from pnfs.head import pose_loss
     from pnfs.model import build_model
 
     config = load_config(preset, SIZE).model
-    model, keypoints = build_model(config), config.skeleton_table.num_keypoints
-    joints, weights = torch.empty(batch, keypoints, 2), torch.empty(batch, keypoints)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with torch.device(device), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        model, keypoints = build_model(config), config.skeleton_table.num_keypoints
+        joints, weights = torch.empty(batch, keypoints, 2), torch.empty(batch, keypoints)
         images = torch.empty(batch, 3, *config.input_size)
         loss = pose_loss(model, images, joints, weights, sigma=2.0)
     torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 
 
-def evaluation(preset: str, batch: int, dtype: torch.dtype) -> None:
-    """Scores of images and of mirrored ones, and keypoints from both, for `compile_calls`."""
+def evaluation(preset: str, batch: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Scores of images and of mirrored ones, and keypoints from both, as `training_step`."""
     from pnfs.config import load_config
     from pnfs.kernels import decode_heatmaps
     from pnfs.model import build_model
 
     config = load_config(preset, SIZE).model
-    model = build_model(config).eval()
-    images = torch.empty(batch, 3, *config.input_size)
-    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    with torch.device(device), torch.no_grad(), autocast:
+        model = build_model(config).eval()
+        images = torch.empty(batch, 3, *config.input_size)
         scores = model(images)
         permutation = list(range(scores.shape[1]))
         mirrored = model(images)
@@ -305,7 +311,7 @@ def evaluation(preset: str, batch: int, dtype: torch.dtype) -> None:
 
 PRESET, SIZE, BATCH = "ours-1", ["model.input_size=[256, 192]"], 24
 DTYPES = (torch.float32, torch.bfloat16)
-CALLS: dict[str, Callable[[str, int, torch.dtype], None]] = {
+CALLS: dict[str, Callable[..., None]] = {
     "training step": training_step,
     "evaluation": evaluation,
 }

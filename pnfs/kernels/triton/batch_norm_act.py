@@ -24,8 +24,9 @@ from torch import Tensor, cuda
 
 from pnfs.kernels.triton import OPTIONS
 from pnfs.kernels.triton.maps import (
+    MAPS,
     NUM_WARPS_MERGE,
-    NUM_WARPS_SUMS,
+    SUMS,
     TILE_MERGE,
     UNSPECIALISED,
     blocks_of,
@@ -43,8 +44,9 @@ from pnfs.kernels.triton.maps import (
     tile_of,
     totals,
 )
+from pnfs.kernels.triton.tuning import Config, Tunable
 
-TILE, NUM_WARPS = 2048, 4  # of the kernels that leave no sums
+TILE = 2048  # of the kernels that leave no sums
 TILE_GRADIENT = 2048  # of the backward pass's that does; it has three maps in registers
 
 
@@ -201,22 +203,26 @@ def merge_kernel(
     tl.store(g_var + column, (-0.5 * slope * rstd * moment).to(tl.float32), mask=inside)
 
 
+FORWARD, GRADIENT = (Tunable(kernel, *MAPS) for kernel in (batch_norm_act_kernel, gradient_kernel))
+BACKWARD_SUMS = Tunable(sums_kernel, *SUMS)
+
+
 def _pixels(x: Tensor) -> int:
     n, _, h, w = x.shape
     return n * h * w
 
 
-def _pass(x: Tensor) -> tuple[dict[str, int], int, int]:
+def _pass(x: Tensor, scale: float = 1.0) -> tuple[dict[str, int], int, int]:
     """Tile, steps and programs per channels of a kernel that leaves no sums."""
     c = x.shape[1]
-    tile, steps, blocks = blocks_of(_pixels(x), 1, c, tile_of(c, TILE))
+    tile, steps, blocks = blocks_of(_pixels(x), 1, c, tile_of(c, scale * TILE))
     return {**tile, "MERGE": TILE_MERGE // tile["COLS"]}, steps, blocks
 
 
-def _gradient_blocks(x: Tensor) -> tuple[dict[str, int], int, int]:
+def _gradient_blocks(x: Tensor, scale: float = 1.0) -> tuple[dict[str, int], int, int]:
     """As `_pass`, for a kernel that does."""
     c = x.shape[1]
-    return blocks_of(_pixels(x), 1, c, tile_of(c, TILE_GRADIENT), merged=True)
+    return blocks_of(_pixels(x), 1, c, tile_of(c, scale * TILE_GRADIENT), merged=True)
 
 
 def partial_bytes(x: Tensor, backward: bool) -> int:
@@ -241,16 +247,20 @@ def launch(
 ) -> None:
     """Launch on the current stream; writes `y`, and with `batch` `mean` and `var`. x has pixels;
     small tensors are contiguous."""
-    c, pixels = x.shape[1], _pixels(x)
-    tile, steps, programs = _pass(x)
+    n, c, h, w = x.shape
+    kind = {"BATCH": batch, "RESIDUAL": residual is not None, "ACTIVATION": activation}
     with cuda.device_of(x):
         partials, per_block = launch_statistics(x[None]) if batch else (mean[None, None], 0)
-        batch_norm_act_kernel[grid_of(programs, 1, c, tile)](
-            x, x if residual is None else residual, mean, var, weight, bias, y, partials,
-            pixels, c, eps, steps, per_block, partials.shape[1],
-            BATCH=batch, RESIDUAL=residual is not None, ACTIVATION=activation, **tile,
-            num_warps=NUM_WARPS, **OPTIONS,
-        )  # fmt: skip
+
+        def run(config: Config) -> None:
+            tile, steps, programs = _pass(x, config.scale)
+            batch_norm_act_kernel[grid_of(programs, 1, c, tile)](
+                x, x if residual is None else residual, mean, var, weight, bias, y, partials,
+                n * h * w, c, eps, steps, per_block, partials.shape[1], **kind, **tile,
+                num_warps=config.num_warps, **OPTIONS,
+            )  # fmt: skip
+
+        FORWARD.launch(run, x, n, c, h, w, *kind.values())
 
 
 def launch_backward(
@@ -269,28 +279,39 @@ def launch_backward(
     """Launch on the current stream; writes `gradients`, those of x, weight, bias, mean, var and
     residual. x has pixels; small tensors are contiguous."""
     gx, g_weight, g_bias, g_mean, g_var, g_residual = gradients
-    c, pixels = x.shape[1], _pixels(x)
-    tile, steps, blocks = _gradient_blocks(x)
-    partials = new_partials((2, blocks, c), x)
+    n, c, h, w = x.shape
+    pixels = n * h * w
     norm = (mean, var, weight, bias)
     kind: dict[str, Any] = {"RESIDUAL": residual is not None, "ACTIVATION": activation}
-    with cuda.device_of(x):
+
+    def sums(config: Config) -> Tensor:
+        tile, steps, blocks = _gradient_blocks(x, config.scale)
+        partials = new_partials((2, blocks, c), x)
         sums_kernel[grid_of(blocks, 1, c, tile)](
             gy, x, x if residual is None else residual, *norm, gx, g_residual, partials,
             pixels, c, eps, steps, BATCH=batch, **kind, **tile,
-            num_warps=NUM_WARPS_SUMS, **OPTIONS,
+            num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
+        return partials
+
+    with cuda.device_of(x):
+        partials = BACKWARD_SUMS.launch(sums, x, n, c, h, w, batch, *kind.values())
         if not batch:
             merge = merge_tile(c)
             merge_kernel[grid_of(1, 1, c, merge)](
-                var, weight, g_weight, g_bias, g_mean, g_var, partials, c, eps, blocks,
+                var, weight, g_weight, g_bias, g_mean, g_var, partials, c, eps, partials.shape[1],
                 **merge, num_warps=NUM_WARPS_MERGE, **OPTIONS,
             )  # fmt: skip
             return
         masked = residual is not None  # its gradient is the one behind the activation
-        tile, steps, programs = _pass(x)
-        gradient_kernel[grid_of(programs, 1, c, tile)](
-            g_residual if masked else gy, x, *norm, gx, g_weight, g_bias, partials,
-            pixels, c, eps, steps, blocks, ACTIVATION=0 if masked else activation, **tile,
-            num_warps=NUM_WARPS, **OPTIONS,
-        )  # fmt: skip
+        behind_it = 0 if masked else activation
+
+        def gradient(config: Config) -> None:
+            tile, steps, programs = _pass(x, config.scale)
+            gradient_kernel[grid_of(programs, 1, c, tile)](
+                g_residual if masked else gy, x, *norm, gx, g_weight, g_bias, partials,
+                pixels, c, eps, steps, partials.shape[1], ACTIVATION=behind_it, **tile,
+                num_warps=config.num_warps, **OPTIONS,
+            )  # fmt: skip
+
+        GRADIENT.launch(gradient, x, n, c, h, w, behind_it)

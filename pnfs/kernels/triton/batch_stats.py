@@ -9,6 +9,7 @@ from torch import Tensor, cuda
 
 from pnfs.kernels.triton import OPTIONS
 from pnfs.kernels.triton.maps import (
+    MAPS,
     UNSPECIALISED,
     grid_of,
     launch_merge_statistics,
@@ -21,8 +22,9 @@ from pnfs.kernels.triton.maps import (
     tile_at,
     tile_of,
 )
+from pnfs.kernels.triton.tuning import Config, Tunable
 
-TILE, NUM_WARPS = 2048, 4
+TILE = 2048
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -45,6 +47,9 @@ def batch_stats_backward_kernel(
     store_as(gx + part * pixels * channels + start + places, gradient, mask)
 
 
+BACKWARD = Tunable(batch_stats_backward_kernel, *MAPS)
+
+
 def partial_elements(x: Tensor) -> int:
     """Numbers that pass from the first launch to the second."""
     p, n, c, h, w = x.shape
@@ -62,9 +67,13 @@ def launch(x: Tensor, mean: Tensor, var: Tensor) -> None:
 def launch_backward(x: Tensor, mean: Tensor, g_mean: Tensor, g_var: Tensor, gx: Tensor) -> None:
     """Launch on the current stream; writes `gx`. x has pixels, the small tensors are contiguous."""
     p, n, c, h, w = x.shape
-    tile = tile_of(c, TILE)
-    with cuda.device_of(x):
+
+    def run(config: Config) -> None:
+        tile = tile_of(c, config.scale * TILE)
         batch_stats_backward_kernel[grid_of(triton.cdiv(n * h * w, tile["ROWS"]), p, c, tile)](
             x, x.stride(0), mean, g_mean, g_var, gx, n * h * w, c,
-            **tile, num_warps=NUM_WARPS, **OPTIONS,
+            **tile, num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
+
+    with cuda.device_of(x):
+        BACKWARD.launch(run, x, n, p, c, h, w)

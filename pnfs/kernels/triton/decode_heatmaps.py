@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pnfs.kernels.triton import OPTIONS
+from pnfs.kernels.triton.tuning import Config, Tunable
 
 TILE_CELLS = 1024  # cells per step; a tile spans whole rows, so that no cell needs a division
-NUM_WARPS = 4
 
 
 @triton.jit
@@ -91,9 +91,12 @@ def decode_heatmaps_kernel(
     tl.store(score + row, top)
 
 
-def _tile(w: int) -> dict[str, int]:
+DECODE = Tunable(decode_heatmaps_kernel, Config(4), Config(8), Config(8, 2.0), Config(2, 0.5))
+
+
+def _tile(w: int, scale: float) -> dict[str, int]:
     columns = triton.next_power_of_2(w)
-    return {"ROWS": max(1, TILE_CELLS // columns), "COLUMNS": columns}
+    return {"ROWS": max(1, int(scale * TILE_CELLS) // columns), "COLUMNS": columns}
 
 
 def launch(
@@ -110,10 +113,14 @@ def launch(
     if n * k == 0:
         return
     other = heatmaps if flipped is None else flipped
-    with torch.cuda.device_of(heatmaps):
+    kind = {"FLIP": flipped is not None, "PERMUTE": permutation is not None, "SHIFT": shift}
+
+    def run(config: Config) -> None:
         decode_heatmaps_kernel[(n * k,)](
             heatmaps, other, matrices if permutation is None else permutation, matrices, xy, score,
             k, h, w, *heatmaps.stride(), *other.stride(),
-            FLIP=flipped is not None, PERMUTE=permutation is not None, SHIFT=shift,
-            **_tile(w), num_warps=NUM_WARPS, **OPTIONS,
+            **kind, **_tile(w, config.scale), num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
+
+    with torch.cuda.device_of(heatmaps):
+        DECODE.launch(run, heatmaps, n, k, h, w, *kind.values())

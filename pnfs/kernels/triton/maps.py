@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pnfs.kernels.triton import OPTIONS
+from pnfs.kernels.triton.tuning import Config, Tunable
 
 WIDTHS = (32, 16)  # channels of a program: whole sectors of memory, and few sums to merge
 # Programs of a kernel that leaves sums to merge, roughly: enough to fill a GPU, few enough to leave
@@ -31,7 +32,7 @@ PROGRAMS_MERGED, BLOCKS_MERGED = 256, 128
 # Arguments that follow the batch: without this Triton would compile a kernel anew where one of them
 # becomes 1 or a multiple of 16, or ceases to be one. And channels, of which UNIT says more.
 UNSPECIALISED = ("pixels", "steps", "blocks", "per_block", "g_stride", "channels")
-TILE_SUMS, NUM_WARPS_SUMS = 4096, 8
+TILE_SUMS = 4096
 TILE_MERGE, NUM_WARPS_MERGE = 1024, 4
 
 
@@ -185,15 +186,21 @@ def totals(start, column, blocks, channels, BOTH: tl.constexpr, ROWS: tl.constex
     return tl.sum(first, axis=0), tl.sum(second, axis=0)
 
 
-def tile_of(channels: int, elements: int) -> dict[str, int]:
+# Configurations of a kernel that leaves sums to merge, and of one that leaves none.
+SUMS = (Config(8), Config(4), Config(4, 0.5), Config(16))
+MAPS = (Config(4), Config(8), Config(8, 2.0), Config(4, 0.5))
+STATISTICS = Tunable(statistics_kernel, *SUMS)
+
+
+def tile_of(channels: int, elements: float) -> dict[str, int]:
     """ROWS and COLS of a program that holds so many elements, with the fewest idle lanes."""
     widths = [width for width in WIDTHS if width <= channels]
     widths = widths or [triton.next_power_of_2(channels)]
     columns = min(widths, key=lambda width: triton.cdiv(channels, width) * width)
     unit = math.gcd(channels, 16)
     # Where they are loaded one by one, each address takes registers.
-    rows = elements // columns if unit % 4 == 0 else elements // columns // 4
-    return {"ROWS": rows, "COLS": columns, "UNIT": unit}
+    rows = int(elements) // columns if unit % 4 == 0 else int(elements) // columns // 4
+    return {"ROWS": max(1, rows), "COLS": columns, "UNIT": unit}
 
 
 def grid_of(blocks: int, parts: int, channels: int, tile: dict[str, int]) -> tuple[int, int]:
@@ -226,21 +233,26 @@ def new_partials(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(tuple(shape), dtype=torch.float32, device=like.device)
 
 
-def sums_blocks(p: int, pixels: int, c: int) -> tuple[dict[str, int], int, int]:
+def sums_blocks(p: int, pixels: int, c: int, scale: float = 1.0) -> tuple[dict[str, int], int, int]:
     """As `blocks_of`, for a kernel that has two sums of a channel, and a next one that merges."""
-    return blocks_of(pixels, p, c, tile_of(c, TILE_SUMS), merged=True)
+    return blocks_of(pixels, p, c, tile_of(c, scale * TILE_SUMS), merged=True)
 
 
 def launch_statistics(x: Tensor) -> tuple[Tensor, int]:
     """Launch `statistics_kernel` on the current stream for x (P, N, C, H, W), which has pixels. The
     partial statistics (P, blocks, 2, C), and the pixels of each."""
     p, n, c, h, w = x.shape
-    tile, steps, blocks = sums_blocks(p, n * h * w, c)
-    partials = new_partials((p, blocks, 2, c), x)
-    statistics_kernel[grid_of(blocks, p, c, tile)](
-        x, x.stride(0), partials, n * h * w, c, steps, **tile, num_warps=NUM_WARPS_SUMS, **OPTIONS
-    )
-    return partials, steps * tile["ROWS"]
+
+    def run(config: Config) -> tuple[Tensor, int]:
+        tile, steps, blocks = sums_blocks(p, n * h * w, c, config.scale)
+        partials = new_partials((p, blocks, 2, c), x)
+        statistics_kernel[grid_of(blocks, p, c, tile)](
+            x, x.stride(0), partials, n * h * w, c, steps,
+            **tile, num_warps=config.num_warps, **OPTIONS,
+        )  # fmt: skip
+        return partials, steps * tile["ROWS"]
+
+    return STATISTICS.launch(run, x, n, p, c, h, w)
 
 
 def launch_merge_statistics(

@@ -17,7 +17,8 @@ The rest is as in `pnfs.kernels.triton.maps`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from pnfs.kernels.triton import OPTIONS
 from pnfs.kernels.triton.maps import (
+    MAPS,
     UNSPECIALISED,
     blocks_of,
     grid_of,
@@ -37,8 +39,9 @@ from pnfs.kernels.triton.maps import (
     tile_of,
     totals,
 )
+from pnfs.kernels.triton.tuning import Config, Tunable
 
-NUM_WARPS, NUM_WARPS_MERGE = 4, 4
+NUM_WARPS_MERGE = 4
 WIDTH_MERGE = 64
 TILE, TILE_MERGE = 1024, 1024  # elements that a program holds, at most
 
@@ -201,6 +204,11 @@ def merge_kernel(
     tl.store(g_weights + part * len(SLOTS) + term, tl.sum(g_weight, axis=0).to(tl.float32))
 
 
+FORWARD, BACKWARD = (
+    Tunable(kernel, *MAPS) for kernel in (mixed_sum_kernel, mixed_sum_backward_kernel)
+)
+
+
 def part_strides(maps: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(y.stride(0) for y in maps)
 
@@ -232,14 +240,14 @@ def launch(
     """Launch on the current stream; writes `out` (P, N, C, H, W)."""
     _, n, c, h, w = out.shape
     launch_sum(
-        mixed_sum_kernel, forward_tile(c, len(maps)), (n * h * w,), maps, norms, weights, eps, out,
+        FORWARD, partial(forward_tile, c, len(maps)), (n * h * w,), maps, norms, weights, eps, out,
         SLOTS=slots, RELUS=relus, RELU=relu,
     )  # fmt: skip
 
 
 def launch_sum(
-    kernel: Any,
-    tile: dict[str, int],
+    kernel: Tunable,
+    tile_for: Callable[[float], dict[str, int]],
     size: tuple[int, ...],
     maps: Sequence[Tensor],
     norms: Sequence[Sequence[Tensor]],
@@ -248,16 +256,23 @@ def launch_sum(
     out: Tensor,
     **kinds: Any,
 ) -> None:
-    """Launch a kernel of the forward pass, unless `out` is empty. `size`: the pixels of a part that
-    programs go over, and what else of the kernel's arguments stands before `channels`."""
+    """Launch a kernel of the forward pass, unless `out` is empty. `tile_for`: of a scale. `size`:
+    the pixels of a part that programs go over, and what else of the kernel's arguments stands
+    before `channels`."""
     if out.numel() == 0:
         return
-    p, _, c, _, _ = out.shape
-    with torch.cuda.device_of(out):
-        kernel[grid_of(triton.cdiv(size[0], tile["ROWS"]), p, c, tile)](
-            tuple(maps), part_strides(maps), contiguous(norms), weights.contiguous(), out,
-            *size, c, eps, **kinds, **tile, num_warps=NUM_WARPS, **OPTIONS,
+    p, n, c, height, width = out.shape
+    small = contiguous(norms), weights.contiguous()
+
+    def run(config: Config) -> None:
+        tile = tile_for(config.scale)
+        kernel.kernel[grid_of(triton.cdiv(size[0], tile["ROWS"]), p, c, tile)](
+            tuple(maps), part_strides(maps), *small, out,
+            *size, c, eps, **kinds, **tile, num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
+
+    with torch.cuda.device_of(out):
+        kernel.launch(run, out, n, p, c, height, width, *kinds.values())
 
 
 def launch_backward(
@@ -279,15 +294,15 @@ def launch_backward(
     p, n, c, height, width = g.shape
     pixels = n * height * width
     launch_gradients(
-        mixed_sum_backward_kernel, backward_blocks(p, pixels, c, len(maps)), (pixels,),
+        BACKWARD, partial(backward_blocks, p, pixels, c, len(maps)), (pixels,),
         g, g if h is None else h, maps, norms, weights, eps, g_maps, g_norms, g_weights,
         SLOTS=slots, RELUS=relus, RELU=h is not None,
     )  # fmt: skip
 
 
 def launch_gradients(
-    kernel: Any,
-    plan: tuple[dict[str, int], int, int],
+    kernel: Tunable,
+    plan_for: Callable[[float], tuple[dict[str, int], int, int]],
     size: tuple[int, ...],
     g: Tensor,
     h: Tensor,
@@ -301,33 +316,40 @@ def launch_gradients(
     **kinds: Any,
 ) -> None:
     """Launch a kernel of the backward pass, unless `g` is empty, and the one that merges its sums.
-    `plan` as of `backward_blocks`, `size` as of `launch_sum`."""
-    p, _, c, _, _ = g.shape
-    tile, steps, blocks = plan
+    `plan_for`: of a scale, as of `backward_blocks`; `size` as of `launch_sum`."""
+    p, n, c, height, width = g.shape
     norms, weights = contiguous(norms), weights.contiguous()
-    partials = new_partials(_partials_shape(g_maps, blocks), g)
-    with torch.cuda.device_of(g):
+
+    def run(config: Config) -> tuple[Tensor, int]:
+        tile, steps, blocks = plan_for(config.scale)
+        partials = new_partials(_partials_shape(g_maps, blocks), g)
         if g.numel():
-            kernel[grid_of(blocks, p, c, tile)](
+            kernel.kernel[grid_of(blocks, p, c, tile)](
                 g, g.stride(0), h, tuple(maps), part_strides(maps), norms, weights,
                 tuple(g_maps), partials, *size, c, eps, steps, **kinds, **tile,
-                num_warps=NUM_WARPS, **OPTIONS,
+                num_warps=config.num_warps, **OPTIONS,
             )  # fmt: skip
+        return partials, blocks
+
+    with torch.cuda.device_of(g):
+        partials, blocks = kernel.launch(run, g, n, p, c, height, width, *kinds.values())
         merge_kernel[(len(maps), p)](
             partials, norms, weights, tuple(g_norms), g_weights, blocks, c, eps,
             SLOTS=kinds["SLOTS"], **_merge_tile(c), num_warps=NUM_WARPS_MERGE, **OPTIONS,
         )  # fmt: skip
 
 
-def forward_tile(c: int, terms: int) -> dict[str, int]:
-    return tile_of(c, TILE if terms <= 3 else TILE // 2 if terms <= 6 else TILE // 4)
+def forward_tile(c: int, terms: int, scale: float = 1.0) -> dict[str, int]:
+    return tile_of(c, scale * (TILE if terms <= 3 else TILE // 2 if terms <= 6 else TILE // 4))
 
 
-def backward_blocks(p: int, pixels: int, c: int, terms: int) -> tuple[dict[str, int], int, int]:
+def backward_blocks(
+    p: int, pixels: int, c: int, terms: int, scale: float = 1.0
+) -> tuple[dict[str, int], int, int]:
     """Tile, steps of a program and programs per part of `mixed_sum_backward_kernel`."""
     # Every term has two sums in registers.
-    tile = tile_of(c, TILE // 2 if terms <= 3 else TILE // 4 if terms <= 6 else TILE // 8)
-    return blocks_of(pixels, p, c, tile)
+    elements = TILE // 2 if terms <= 3 else TILE // 4 if terms <= 6 else TILE // 8
+    return blocks_of(pixels, p, c, tile_of(c, scale * elements))
 
 
 def _merge_tile(c: int) -> dict[str, int]:

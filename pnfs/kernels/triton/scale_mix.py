@@ -13,6 +13,7 @@ UPS: per source whether it is upsampled.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import triton
 import triton.language as tl
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pnfs.kernels.triton import mixed_sum
 from pnfs.kernels.triton.maps import (
+    MAPS,
     UNSPECIALISED,
     blocks_of,
     passed,
@@ -34,6 +36,7 @@ from pnfs.kernels.triton.mixed_sum import (
     store_sums,
     term_gradient,
 )
+from pnfs.kernels.triton.tuning import Config, Tunable
 
 TILE = 512  # elements of half resolution that a program holds, at most
 
@@ -226,6 +229,11 @@ def scale_mix_backward_kernel(
     store_sums(partials, first, second, part, block, column, channels, SLOTS)
 
 
+FORWARD = Tunable(scale_mix_kernel, *MAPS)
+# A larger tile spills registers.
+BACKWARD = Tunable(scale_mix_backward_kernel, Config(4), Config(8), Config(4, 0.5))
+
+
 def launch(
     maps: Sequence[Tensor],
     norms: Sequence[Sequence[Tensor]],
@@ -245,7 +253,7 @@ def launch(
     _, n, c, height, width = out.shape
     h, w = height // 2, width // 2
     launch_sum(
-        scale_mix_kernel, forward_tile(c, ups), (n * h * w, h, w), maps, norms, weights, eps, out,
+        FORWARD, partial(forward_tile, c, ups), (n * h * w, h, w), maps, norms, weights, eps, out,
         SLOTS=slots, RELUS=relus, UPS=ups, RELU=relu,
     )  # fmt: skip
 
@@ -277,22 +285,24 @@ def launch_backward(
     _, n, _, height, width = g.shape
     size = (n * height * width // 4, height // 2, width // 2)
     launch_gradients(
-        scale_mix_backward_kernel, backward_blocks(g.shape, ups), size,
+        BACKWARD, partial(backward_blocks, g.shape, ups), size,
         g, h, maps, norms, weights, eps, g_maps, g_norms, g_weights,
         SLOTS=slots, RELUS=relus, UPS=ups, RELU=relu,
     )  # fmt: skip
 
 
-def forward_tile(c: int, ups: Sequence[bool]) -> dict[str, int]:
+def forward_tile(c: int, ups: Sequence[bool], scale: float = 1.0) -> dict[str, int]:
     # Registers: a source adds to four sums, an upsampled one from nine pixels.
     many = len(ups) > 3 or sum(ups) > 1
-    return tile_of(c, TILE // 4 if len(ups) > 4 else TILE // 2 if many else TILE)
+    return tile_of(c, scale * (TILE // 4 if len(ups) > 4 else TILE // 2 if many else TILE))
 
 
-def backward_blocks(shape: Sequence[int], ups: Sequence[bool]) -> tuple[dict[str, int], int, int]:
+def backward_blocks(
+    shape: Sequence[int], ups: Sequence[bool], scale: float = 1.0
+) -> tuple[dict[str, int], int, int]:
     """Tile, steps of a program and programs per part of the backward pass from h of this shape."""
     p, n, c, h, w = shape
     if not any(ups):
-        return mixed_sum.backward_blocks(p, n * h * w, c, len(ups))
-    tile = tile_of(c, TILE // 2 if len(ups) <= 3 else TILE // 4)
+        return mixed_sum.backward_blocks(p, n * h * w, c, len(ups), scale)
+    tile = tile_of(c, scale * (TILE // 2 if len(ups) <= 3 else TILE // 4))
     return blocks_of(n * h * w // 4, p, c, tile)

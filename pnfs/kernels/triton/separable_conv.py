@@ -20,8 +20,9 @@ from pnfs.kernels.triton.separable_kernels import (
     stencil_gradient_kernel,
     sum_kernel,
 )
+from pnfs.kernels.triton.tuning import Config, Tunable
 
-NUM_WARPS, NUM_WARPS_SUM = 8, 4
+NUM_WARPS_SUM = 4
 PIXELS = 16  # of a program of the forward pass, of a step of the backward's
 STEP_CHANNELS = {4: 32, 2: 64}  # by bytes of one: that the forward pass reads of a pixel at a time
 MAX_OUTPUTS = 64  # of a program of the forward pass
@@ -30,6 +31,13 @@ GRADIENT_BYTES = 128
 STENCIL_CHANNELS = 32
 PROGRAMS = 256  # of a kernel that leaves sums, roughly: more of them would move more sums
 SUM_TILE = {"ROWS": 16, "COLS": 64}
+
+# With more pixels in a program registers spill; and both kernels of the backward pass must have
+# the same, as they share the rows of sums.
+WARPS = (Config(8), Config(4))
+FORWARD = Tunable(separable_conv_kernel, *WARPS)
+PRODUCT = Tunable(product_gradient_kernel, *WARPS)
+STENCIL = Tunable(stencil_gradient_kernel, *WARPS)
 
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # mean, var, gamma and beta, or None for each that there is not.
@@ -110,16 +118,23 @@ def launch(
     p, n, c, h, w = x.shape
     o, pixels = pointwise.shape[1], n * h * w
     stats = mean_y.numel() > 0
+    kind = {"NORMALISED": norm[0] is not None, "ACTIVATION": activation, "STATS": stats}
+    kind |= _factors(x.dtype)
+
     tile = _forward_tile(c, o, x.element_size())
     blocks = triton.cdiv(pixels, PIXELS)
     partials = new_partials((p, blocks, 2, o), x) if stats else mean_y
-    with torch.cuda.device_of(x):
+
+    def run(config: Config) -> None:
         separable_conv_kernel[(blocks, triton.cdiv(o, tile["BLOCK_O"]), p)](
             x, pointwise, depthwise, bias, tuple(norm), y, partials,
             x.stride(0), c, o, pixels, h, w, dilation, eps,
-            NORMALISED=norm[0] is not None, ACTIVATION=activation, STATS=stats,
-            **_factors(x.dtype), **tile, num_warps=NUM_WARPS, **OPTIONS,
+            **kind, **tile, num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
+
+    with torch.cuda.device_of(x):
+        exact = (p, c, o, h, w, dilation, depthwise is not None, *kind.values())
+        FORWARD.launch(run, x, n, *exact)
         if stats:
             launch_merge_statistics(partials, mean_y, var_y, pixels, PIXELS, bias)
 
@@ -152,21 +167,30 @@ def launch_backward(
     gt = gx if depthwise is None else torch.empty_like(gx, dtype=torch.float32)
     kind: dict[str, Any] = {"NORMALISED": norm[0] is not None, "ACTIVATION": activation}
     norm = tuple(norm)
-    with torch.cuda.device_of(x):
+    of_product = {**kind, "STATS": of_stats[0] is not None, "BIAS": has_bias, **_factors(x.dtype)}
+
+    def product(config: Config) -> None:
         product_gradient_kernel[(tiles, splits, p)](
             x, pointwise, depthwise, norm, gy, tuple(of_stats), gt,
             more if depthwise is None else None, partials,
             x.stride(0), c, o, pixels, h, w, dilation, eps,
-            triton.cdiv(c, tile["BLOCK_C"]), steps, count, **kind, STATS=of_stats[0] is not None,
-            BIAS=has_bias, **_factors(x.dtype), **tile, num_warps=NUM_WARPS, **OPTIONS,
+            triton.cdiv(c, tile["BLOCK_C"]), steps, count,
+            **of_product, **tile, num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
+
+    def stencil(config: Config) -> None:
+        block = _side(c, STENCIL_CHANNELS)
+        stencil_gradient_kernel[(triton.cdiv(c, block), splits, p)](
+            x, depthwise, norm, gt, more, gx, partials,
+            x.stride(0), c, pixels, h, w, dilation, eps, steps, count, widths[0] + widths[1],
+            **kind, BLOCK_M=PIXELS, BLOCK_C=block, num_warps=config.num_warps, **OPTIONS,
+        )  # fmt: skip
+
+    exact = (p, c, h, w, dilation, more is not None)
+    with torch.cuda.device_of(x):
+        PRODUCT.launch(product, x, n, *exact, o, depthwise is not None, *of_product.values())
         if depthwise is not None:
-            block = _side(c, STENCIL_CHANNELS)
-            stencil_gradient_kernel[(triton.cdiv(c, block), splits, p)](
-                x, depthwise, norm, gt, more, gx, partials,
-                x.stride(0), c, pixels, h, w, dilation, eps, steps, count, widths[0] + widths[1],
-                **kind, BLOCK_M=PIXELS, BLOCK_C=block, num_warps=NUM_WARPS, **OPTIONS,
-            )  # fmt: skip
+            STENCIL.launch(stencil, x, n, *exact, *kind.values())
         sum_kernel[(triton.cdiv(count, SUM_TILE["COLS"]), p)](
             partials, (g_pointwise, g_bias, *g_norm, g_depthwise), widths, splits, count,
             **SUM_TILE, num_warps=NUM_WARPS_SUM, **OPTIONS,

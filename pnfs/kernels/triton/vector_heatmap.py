@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pnfs.kernels.triton import OPTIONS
+from pnfs.kernels.triton.tuning import Config, Tunable
 
 TILE = 1024  # elements of one part that a program holds
-NUM_WARPS = 4
+VECTORS = (Config(4), Config(4, 2.0), Config(2, 0.5), Config(8, 2.0))
 
 
 @triton.jit
@@ -110,6 +111,11 @@ def vector_heatmap_backward_kernel(
             tl.store(to, gradient.to(gradients[p].dtype.element_ty), mask=mask)
 
 
+FORWARD, BACKWARD = (
+    Tunable(kernel, *VECTORS) for kernel in (vector_heatmap_kernel, vector_heatmap_backward_kernel)
+)
+
+
 @lru_cache(maxsize=64)
 def _table(
     keypoints: tuple[int, ...], counts: tuple[int, ...], num_keypoints: int, device: str
@@ -128,15 +134,20 @@ def table_of(vectors: Sequence[Tensor], keypoints: Sequence[int], num_keypoints:
     return _table(tuple(keypoints), counts, num_keypoints, str(vectors[0].device))
 
 
-def tile_of(d: int, parts: int) -> dict[str, int]:
+def tile_of(d: int, parts: int, scale: float) -> dict[str, int]:
     """The constants that all kernels take."""
     depth = triton.next_power_of_2(d)
-    return {"PARTS": parts, "D": d, "DEPTH": depth, "BLOCK": max(16, TILE // depth)}
+    return {"PARTS": parts, "D": d, "DEPTH": depth, "BLOCK": max(16, int(scale * TILE) // depth)}
 
 
 def grid_of(n: int, num_keypoints: int, cells: int, block: int) -> tuple[int, int]:
     """Maps, the keypoints of an image next to each other, and blocks of cells."""
     return n * num_keypoints, triton.cdiv(cells, block)
+
+
+def exact_sizes(vectors: Sequence[Tensor]) -> tuple[int, ...]:
+    """What a tuned choice is for, beside the batch: maps of each part, d, h and w."""
+    return *(v.shape[1] for v in vectors), *vectors[0].shape[2:]
 
 
 def strides_of(vectors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
@@ -149,12 +160,16 @@ def launch(vectors: list[Tensor], keypoints: list[int], scores: Tensor) -> None:
     n, k, h, w = scores.shape
     if n == 0:
         return
-    tile = tile_of(vectors[0].shape[2], len(vectors))
-    with torch.cuda.device_of(scores):
+
+    def run(config: Config) -> None:
+        tile = tile_of(vectors[0].shape[2], len(vectors), config.scale)
         vector_heatmap_kernel[grid_of(n, k, h * w, tile["BLOCK"])](
             tuple(vectors), strides_of(vectors), table_of(vectors, keypoints, k), scores,
-            k, h * w, w, **tile, num_warps=NUM_WARPS, **OPTIONS,
+            k, h * w, w, **tile, num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
+
+    with torch.cuda.device_of(scores):
+        FORWARD.launch(run, vectors[0], n, *exact_sizes(vectors))
 
 
 def launch_backward(
@@ -164,10 +179,14 @@ def launch_backward(
     n, k, h, w = grad.shape
     if n == 0:
         return
-    tile = tile_of(vectors[0].shape[2], len(vectors))
-    with torch.cuda.device_of(grad):
+
+    def run(config: Config) -> None:
+        tile = tile_of(vectors[0].shape[2], len(vectors), config.scale)
         vector_heatmap_backward_kernel[grid_of(n, k, h * w, tile["BLOCK"])](
             tuple(vectors), strides_of(vectors), tuple(gradients), strides_of(gradients),
             table_of(vectors, keypoints, k), grad,
-            k, h * w, w, **tile, num_warps=NUM_WARPS, **OPTIONS,
+            k, h * w, w, **tile, num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
+
+    with torch.cuda.device_of(grad):
+        BACKWARD.launch(run, vectors[0], n, *exact_sizes(vectors))

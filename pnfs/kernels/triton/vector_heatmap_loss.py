@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pnfs.kernels.triton import OPTIONS
+from pnfs.kernels.triton.tuning import Config, Tunable
 from pnfs.kernels.triton.vector_heatmap import (
-    NUM_WARPS,
+    VECTORS,
+    exact_sizes,
     gradient_of,
     grid_of,
     score_of,
@@ -25,7 +27,7 @@ from pnfs.kernels.triton.vector_heatmap import (
     tile_offsets,
 )
 
-SCALE_BLOCK = 2048
+SCALE_BLOCK, NUM_WARPS_SCALE = 2048, 4
 
 
 @triton.jit
@@ -86,6 +88,9 @@ def vector_heatmap_loss_kernel(
                 tl.store(to, gradient.to(gradients[p].dtype.element_ty), mask=whole)
 
 
+LOSS = Tunable(vector_heatmap_loss_kernel, *VECTORS)
+
+
 @triton.jit
 def scale_kernel(tensors, sizes, factor, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """Multiplies tensors of `sizes` elements without gaps by a scalar, unless that is 1."""
@@ -115,20 +120,25 @@ def launch(
     d, h, w = vectors[0].shape[2:]
     if n == 0:
         return weights.new_zeros(())
-    tile = tile_of(d, len(vectors))
-    grid = grid_of(n, k, h * w, tile["BLOCK"])
-    partial = torch.empty(grid, dtype=torch.float32, device=weights.device)
     written = gradients or vectors
-    with torch.cuda.device_of(weights):
+
+    def run(config: Config) -> Tensor:
+        tile = tile_of(d, len(vectors), config.scale)
+        grid = grid_of(n, k, h * w, tile["BLOCK"])
+        partial = torch.empty(grid, dtype=torch.float32, device=weights.device)
         vector_heatmap_loss_kernel[grid](
             tuple(vectors), strides_of(vectors), tuple(written), strides_of(written),
             table_of(vectors, keypoints, k), joints, weights,
             weights if grad is None else grad, partial,
             k, h * w, w, -0.5 / (sigma * sigma), stride, 1 / (n * k * h * w),
             **tile, WRITE=bool(gradients), SCALED=grad is not None,
-            num_warps=NUM_WARPS, **OPTIONS,
+            num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
-    return partial.sum()
+        return partial
+
+    with torch.cuda.device_of(weights):
+        exact = (*exact_sizes(vectors), bool(gradients), grad is not None)
+        return LOSS.launch(run, vectors[0], n, *exact).sum()
 
 
 def launch_scale(tensors: list[Tensor], factor: Tensor) -> None:
@@ -139,5 +149,5 @@ def launch_scale(tensors: list[Tensor], factor: Tensor) -> None:
     with torch.cuda.device_of(factor):
         scale_kernel[(triton.cdiv(max(sizes), SCALE_BLOCK), len(tensors))](
             tuple(tensors), sizes, factor, PARTS=len(tensors), BLOCK=SCALE_BLOCK,
-            num_warps=NUM_WARPS, **OPTIONS,
+            num_warps=NUM_WARPS_SCALE, **OPTIONS,
         )  # fmt: skip

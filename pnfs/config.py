@@ -219,6 +219,7 @@ class TrainConfig(Section):
     grad_clip: float | None = Field(None, gt=0)
     precision: Precision = "fp32"
     cuda_graph: bool = True  # on a GPU, launch a step as one CUDA graph where that is possible
+    tune_kernels: bool = False  # on a GPU, run the fastest configuration of each Triton kernel
     seed: int = Field(0, ge=0)
     eval_every: int = Field(1, ge=0)  # epochs; 0 = only at the end
     checkpoint_every: int = Field(0, ge=0)  # steps; 0 = only at the end of each epoch

@@ -14,6 +14,7 @@ import torch
 from pnfs import kernels
 from pnfs.kernels import native
 from pnfs.kernels.registry import Explanation
+from pnfs.kernels.triton import tuning
 
 PACKAGES = ("torch", "triton", "numpy", "opencv-python-headless", "pycocotools", "safetensors")
 
@@ -27,6 +28,7 @@ class Info:
     modules: compiled module -> what it is, or why it is missing, one line.
     backends: the rows of `kernels.explain()`.
     devices: one line per device that torch sees.
+    tuned: what is known about the fastest configurations of Triton kernels, one line.
     """
 
     versions: dict[str, str]
@@ -34,13 +36,15 @@ class Info:
     modules: dict[str, str]
     backends: Explanation
     devices: list[str]
+    tuned: str
 
 
 def collect_info() -> Info:
     """Gather the facts; compiled modules are loaded to see whether they load."""
     build = native.build_record()
     modules = {f"pnfs.{name}": _describe(name, build) for name in ("_cpu", "_cuda")}
-    return Info(package_versions(), build, modules, kernels.explain(), _devices())
+    backends, tuned = kernels.explain(), tuning.summary()
+    return Info(package_versions(), build, modules, backends, _devices(), tuned)
 
 
 def package_versions() -> dict[str, str]:
@@ -58,6 +62,7 @@ def print_info() -> None:
         print(f"  {name:12}{line}")
     print("\nbackends (the reference 'torch' always runs)")
     print("\n".join(f"  {line}" for line in str(info.backends).split("\n")))
+    print(f"  tuned Triton kernels: {info.tuned}")
     print("\ndevices")
     print("\n".join(f"  {line}" for line in info.devices))
 

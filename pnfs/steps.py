@@ -24,6 +24,7 @@ from pnfs.checkpoint import load_optimizer
 from pnfs.config import Config
 from pnfs.data import Batch
 from pnfs.head import pose_loss
+from pnfs.kernels.triton import tuning
 from pnfs.running import left_alone
 from pnfs.search import StepContext, Strategy, decay_gradients
 
@@ -207,11 +208,13 @@ class Stepper:
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
-        return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        kernels = tuning.choices()
+        return {"optimizer": optimizer, "scaler": self.scaler.state_dict(), "kernels": kernels}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         load_optimizer(self.optimizer, state["optimizer"])
         self._own_rates()
+        tuning.restore(state.get("kernels", {}))
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 

@@ -9,6 +9,7 @@ augmentation), so a resumed run continues bit for bit on the CPU.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from pnfs.data.training import TrainingData
 from pnfs.errors import PnfsError
 from pnfs.evaluation import evaluate
 from pnfs.evaluation.pckh import PCKH_10, PCKH_50
+from pnfs.kernels.triton import tuning
 from pnfs.model import build_model
 from pnfs.recorder import Recorder
 from pnfs.runtime import StoppedBySignal, StopSignals, select_device
@@ -118,7 +120,9 @@ def train(
     Raises:
         PnfsError: anything that the user can fix, and a loss that stays non-finite.
     """
+    tuned = tuning.tuned() if config.train.tune_kernels else contextlib.nullcontext()
     with (
+        tuned,
         distributed.group(select_device(device)) as own_device,
         Recorder(config, Path(out), resume=resume, overwrite=overwrite, quiet=quiet) as recorder,
     ):
@@ -287,7 +291,7 @@ class _Trainer:
             self._watch_architecture(position)
         for problem in self.data.new_problems():
             self.recorder.line(f"left out: {problem}")
-        for news in (self.data.new_notice(), self.stepper.news()):
+        for news in (self.data.new_notice(), self.stepper.news(), tuning.news()):
             if news is not None:
                 self.recorder.line(news)
         self.clock.add(result)

@@ -24,6 +24,7 @@ from pnfs.checkpoint import list_checkpoints, load_model, read_metadata, save_we
 from pnfs.config import TrainConfig
 from pnfs.errors import PnfsError
 from pnfs.evaluation.pckh import PCKH_10, PCKH_50
+from pnfs.kernels.triton import tuning
 from pnfs.runlog import run_config
 from pnfs.schedule import learning_rate
 from pnfs.train import train
@@ -110,6 +111,19 @@ def test_a_finished_run_trains_on_with_more_epochs(people: Path, tmp_path: Path)
     longer = run_config(tmp_path / "run", ["train.epochs=3"])
     assert train(longer, tmp_path / "run", resume=True, quiet=True).step == steps_of_two * 3 // 2
     assert [row["epoch"] for row in rows_of(tmp_path / "run", "eval")] == [1, 2, 3]
+
+
+def test_choices_of_tuned_kernels_go_with_the_checkpoints(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(people, "train.tune_kernels=true")
+    first, second = tuning.Tuner(None), tuning.Tuner(None)
+    tuners = iter((first, second))
+    monkeypatch.setattr(tuning, "Tuner", lambda path: next(tuners))
+    first.choices["a case"] = {"version": "0", "config": [8, 1.0], "us": [2.0, 1.0]}
+    train(config, tmp_path / "run", quiet=True, stop_at=1)
+    train(config, tmp_path / "run", resume=True, quiet=True, stop_at=2)
+    assert second.choices == first.choices
 
 
 def test_a_run_folder_is_not_overwritten_by_accident(people: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 570  # seconds of all stages together
 TAIL = 4000  # characters of a stage's output that the JSON keeps
+TUNED = "tuned"  # folder of the choices that stage "tuning" leaves
 CUDA_OPS = ("crop_normalize", "oks_nms", "depthwise_fanout")
 
 
@@ -118,6 +119,8 @@ def stages(dry: bool, folder: Path) -> list[Stage]:
         tests = ["tests/kernels/test_batch_stats.py", "tests/test_capture.py", "-k", "not run"]
     benches = ["--results", str(folder), "--benchmark-min-rounds=3"]
     benches += ["--benchmark-disable", "-k", "mixed_sum"] if dry else ["-k", "cuda or triton"]
+    tune = [python, "bench/tuning.py", "--out", str(folder / TUNED), "--seconds", "80", *dry_flag]
+    tune += ["--batch", "2"] if dry else []
     repeated = ["--repetitions", "3" if dry else "10000", "--results", str(folder)]
     repeated += ["-k", "mixed_sum" if dry else "cuda or triton"]
     ignored = [
@@ -129,6 +132,7 @@ def stages(dry: bool, folder: Path) -> list[Stage]:
         models("whole models", 150),
         Stage("feeding", feeding, 90),
         Stage("ops", [*pytest, "bench/", *ignored, *benches], 110),
+        Stage("tuning", tune, 140),
         Stage("repetitions", [*pytest, "bench/", *ignored, *repeated], 60),
         models("compiled models", 150, "--compiled"),
         sanitized("memcheck"),
@@ -161,9 +165,11 @@ def gather(folder: Path, outcomes: Sequence[Outcome], dry: bool) -> dict[str, An
         for path in sorted(folder.glob("*.jsonl"), reverse=True)  # whole before compiled
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
+    tuned = folder / TUNED / "kernels.json"
     return {
         **content,
         "dry_run": dry,
+        "tuned": json.loads(tuned.read_text(encoding="utf-8")) if tuned.exists() else None,
         "stages": [asdict(outcome) for outcome in outcomes],
         "failures": [row for row in models if "failed" in row],
         "results": rows + merged([row for row in models if "failed" not in row]),

@@ -67,8 +67,8 @@ def test_rows_of_one_case_become_one(gpu: ModuleType) -> None:
 def test_all_stages_fit_into_one_command_on_a_gpu(gpu: ModuleType, tmp_path: Path) -> None:
     names = [stage.name for stage in gpu.stages(False, tmp_path)]
     assert names == [stage.name for stage in gpu.stages(True, tmp_path)]
-    assert {"build", "kernel tests", "ops", "whole models", "memcheck", "racecheck"} < set(names)
-    assert "feeding" in names
+    wanted = {"build", "kernel tests", "ops", "whole models", "memcheck", "racecheck"}
+    assert wanted | {"feeding", "tuning"} < set(names)
     assert gpu.BUDGET < 600
 
 
@@ -91,3 +91,4 @@ def test_a_dry_run_goes_through_every_stage(gpu: ModuleType, tmp_path: Path) -> 
             assert (op, f"ours-1 64x64 batch 2 {precision}") in rows
     assert "training from files" in {op for op, _ in rows}
     assert not content["failures"]
+    assert content["tuned"]["choices"]

@@ -301,7 +301,7 @@ def test_cuda_sources_compile_everywhere_without_spills(
     done = subprocess.run(
         [nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "--expt-relaxed-constexpr"]
         + [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        + ["--threads=2", "-Xptxas=-v", "-c", str(source), "-o", str(tmp_path / "out.o")],
+        + ["--threads=2", "-Xptxas=-v", "-fatbin", str(source), "-o", str(tmp_path / "out.fatbin")],
         capture_output=True,
         text=True,
     )

@@ -188,6 +188,8 @@ def test_equals_the_float64_reference(
     if interpreted and transforms != "same down up" and dtype != torch.float32:
         pytest.skip("Triton's interpreter: all transforms run the same lines")
     shape = (2, 2, 40, 4, 6) if interpreted else (3, 2, 64, 8, 6)
+    if interpreted and dtype != torch.float32:  # which changes loads and stores alone
+        shape = (1, 2, 16, 4, 6)
     for relu in (True, False):
         case = random_case(shape, transforms, relu=relu, down_relu=not relu, dtype=dtype)
         check(case, backend, device)

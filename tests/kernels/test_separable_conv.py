@@ -206,7 +206,7 @@ def test_a_mean_far_above_the_deviation(backend: str, device: str, isa: str) -> 
 
 @on_every_backend
 def test_any_layout(backend: str, device: str, isa: str) -> None:
-    case = random_case((2, 1, 16, 6, 5) if INTERPRETED else (3, 2, 16, 6, 5), 8)
+    case = random_case((2, 1, 16, 4, 3) if INTERPRETED else (3, 2, 16, 6, 5), 8)
     plain = check(case, backend, device, isa)
     contiguous = check(replace(case, x=case.x.contiguous()), backend, device, isa)
     strided = check(replace(case, x=torch.stack((case.x,) * 2, -1)[..., 0]), backend, device, isa)

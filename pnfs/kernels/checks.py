@@ -172,20 +172,29 @@ def as_stacked(x: Tensor) -> Tensor:
     The parts may lie any distance apart, 0 for a map that all of them share. Copies only a tensor
     that is laid out otherwise.
     """
-    if all(part.is_contiguous(memory_format=torch.channels_last) for part in x[:1]):
+    if x.stride()[1:] == stacked_strides(x.shape)[1:]:  # a look at x[0] would be part of the graph
+        return x
+    if not len(x) or x[0].is_contiguous(memory_format=torch.channels_last):
         return x
     return dense_stacked(x)
 
 
 def dense_stacked(g: Tensor) -> Tensor:
     """`g` (P, N, C, H, W) as a stacked map whose parts lie back to back."""
+    if g.stride() == stacked_strides(g.shape):
+        return g
     return g.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
 def empty_stacked(shape: Sequence[int], like: Tensor) -> Tensor:
     """An uninitialised (P, N, C, H, W), channels-last inside, with dtype and device of `like`."""
-    p, n, c, h, w = shape
-    return torch.empty((p, n, h, w, c), dtype=like.dtype, device=like.device).permute(0, 1, 4, 2, 3)
+    return like.new_empty_strided(shape, stacked_strides(shape))
+
+
+def stacked_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Those of a stacked map (P, N, C, H, W) whose parts lie back to back."""
+    _, n, c, h, w = shape
+    return n * h * w * c, h * w * c, 1, w * c, c
 
 
 def has_batch(x: Tensor) -> Verdict:

@@ -25,7 +25,15 @@ estimator plotting predict export commands demo cli
 
 # Files beside those of the ops.
 INFRASTRUCTURE = {
-    "pnfs/kernels": {"__init__", "registry", "checks", "native", "shared", "folded_program"},
+    "pnfs/kernels": {
+        "__init__",
+        "registry",
+        "calls",
+        "checks",
+        "native",
+        "shared",
+        "folded_program",
+    },
     "pnfs/kernels/triton": {"__init__", "aot", "maps", "separable_kernels", "tuning"},
     "csrc/cpu": {"cpu_module", "isa"},
     "csrc/cuda": {"cuda_module"},
@@ -37,6 +45,7 @@ INFRASTRUCTURE = {
         "depthwise_fanout_cases",
         "keypoint_vectors",
         "separable_conv_cases",
+        "test_calls",
         "test_cuda_emulation",
         "test_registry",
         "test_triton_compile",

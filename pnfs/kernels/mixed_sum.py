@@ -263,9 +263,7 @@ def _backward(launch: Callable[..., Any], ctx: Any, g: Tensor) -> tuple[Any, ...
         checks.as_stacked(g), x, branches, means, variances, weights, ctx.relu, ctx.eps
     )
     g_x = g_maps.pop(0) if ctx.has_x else None
-    # torch takes an empty list for one of tensors
-    g_relu: list[bool] | None = None if ctx.relu else []
-    return g_x, g_maps, list(g_means), list(g_variances), g_weights, g_relu, None
+    return g_x, g_maps, list(g_means), list(g_variances), g_weights, None, None
 
 
 def _can_run_cpp(x: Tensor | None, branches: Sequence[Tensor], *_: Any) -> Verdict:

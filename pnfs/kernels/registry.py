@@ -22,13 +22,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from pnfs.errors import PnfsError, did_you_mean
-from pnfs.kernels import native
+from pnfs.kernels import calls, native
+from pnfs.kernels.calls import device_type
 from pnfs.kernels.checks import RUNS, Verdict
 
 Backend = Literal["torch", "cpp", "triton", "cuda"]
@@ -67,6 +67,8 @@ class Op:
         self.backends: dict[str, Implementation] = {
             "torch": Implementation(reference, lambda *args: RUNS, "")
         }
+        # backend -> the torch op `<op>_<backend>_backward`
+        self.gradients: dict[str, Callable[..., Any]] = {}
 
     def register(
         self,
@@ -116,7 +118,7 @@ class Op:
     ) -> None:
         """`register_native` for an op with a gradient, whose kernel becomes the torch op
         `<op>_<backend>_backward`. `backward(launch, ctx, *gradients)` calls that as `launch`."""
-        launch = torch_op(
+        launch = self.gradients[backend] = torch_op(
             f"{self.name}_{backend}_backward",
             fn_backward,
             fake_backward,
@@ -189,16 +191,6 @@ def dispatch(op: str | Op, *args: Any) -> Any:
 def _wanted(op: str) -> str:
     request = _request.get()
     return request.get(op) or request["*"]
-
-
-def device_type(args: Sequence[Any]) -> str:
-    """The device type of the first tensor in `args`, looking into lists; "cpu" without one."""
-    for arg in args:
-        if isinstance(arg, Tensor):
-            return arg.device.type
-        if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor):
-            return arg[0].device.type
-    return "cpu"
 
 
 @contextmanager
@@ -332,7 +324,7 @@ def torch_op(
     """Define `torch.ops.pnfs.<name>` from `fn` and return it, ready to be an op's backend.
 
     This makes a compiled kernel opaque to torch.compile, torch.export and autograd. It does what
-    `torch.library.custom_op` does, at a quarter of the cost of a call.
+    `torch.library.custom_op` does, with a small part of the Python; see `pnfs.kernels.calls`.
 
     Args:
         name: `<op>_<backend>`, plus `_backward` for a gradient.
@@ -341,7 +333,7 @@ def torch_op(
         devices: device types that `fn` takes: "cpu", "cuda".
         like: the function whose annotated signature is the op's, where `fn` itself has none; types
             are those that `torch.library.infer_schema` reads. Usually the reference.
-        setup_context, backward: as `torch.library.register_autograd` takes them.
+        setup_context, backward: both or neither, see `calls.differentiable`.
         cost: what a call really costs, for `pnfs.count_costs`; see `op_costs`.
     """
     schema = torch.library.infer_schema(like or fn, mutates_args=())
@@ -353,8 +345,9 @@ def torch_op(
     torch.library.register_fake(qualified, fake, lib=_library)
     if cost is not None:
         op_costs[qualified] = cost
-    if backward is not None:
-        torch.library.register_autograd(
-            qualified, backward, setup_context=setup_context, lib=_library
-        )
-    return cast(Callable[..., Any], getattr(torch.ops.pnfs, name).default)
+    op = getattr(torch.ops.pnfs, name).default
+    call = None
+    if backward is not None and setup_context is not None:
+        call = calls.differentiable(op._schema, setup_context, backward)
+        _library.impl(name, calls.autograd_kernel(op, call), "Autograd", with_keyset=True)
+    return calls.direct(op, fn, devices, call)

@@ -47,9 +47,9 @@ class PassOn:
         gradient to add, if there is one, after those of the results."""
         self._op = op
         self._functions: dict[str, type[torch.autograd.Function]] = {
-            backend: _function(f"{op.name}_{backend}", setup_context, backward)
-            for backend in ("cpp", "triton")
-            if backend in op.backends
+            backend: _function(op.backends[backend].fn, launch, setup_context, backward)
+            for backend, launch in op.gradients.items()
+            if backend in ("cpp", "triton")
         }
 
     def __call__(self, shared: SharedMap | None, *args: Any) -> Any:
@@ -64,21 +64,23 @@ class PassOn:
 
 
 def _function(
-    name: str, setup_context: Callable[..., Any], backward: Callable[..., Any]
+    launch: Callable[..., Any],
+    launch_backward: Callable[..., Any],
+    setup_context: Callable[..., Any],
+    backward: Callable[..., Any],
 ) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         """The op's results and x itself."""
 
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            results = getattr(torch.ops.pnfs, name)(*args)
+            results = launch(*args)
             setup_context(ctx, args, results)
             return (*results, args[0].view_as(args[0]))
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            launch = getattr(torch.ops.pnfs, f"{name}_backward")
             *of_results, of_x = grads
-            return backward(launch, ctx, *of_results, *(() if of_x is None else (of_x,)))
+            return backward(launch_backward, ctx, *of_results, *(() if of_x is None else (of_x,)))
 
     return Function

@@ -34,7 +34,14 @@ INFRASTRUCTURE = {
         "shared",
         "folded_program",
     },
-    "pnfs/kernels/triton": {"__init__", "aot", "maps", "separable_kernels", "tuning"},
+    "pnfs/kernels/triton": {
+        "__init__",
+        "aot",
+        "batch_norm_once",
+        "maps",
+        "separable_kernels",
+        "tuning",
+    },
     "csrc/cpu": {"cpu_module", "isa"},
     "csrc/cuda": {"cuda_module"},
     "tests/kernels": {

@@ -212,14 +212,17 @@ def _triton(
     eps: float,
 ) -> Forward:
     # Imported at the first call: triton takes a second to load and exists on Linux alone.
+    from pnfs.kernels.triton import batch_norm_once
     from pnfs.kernels.triton.batch_norm_act import launch
 
     results = _empty(x, weight, bias, mean)
     y, *own = results
     batch = mean is None or var is None
     stats = own if mean is None or var is None else [mean.contiguous(), var.contiguous()]
-    if x.numel():
-        small = weight.contiguous(), bias.contiguous(), stats[0], stats[1]
+    small = weight.contiguous(), bias.contiguous(), stats[0], stats[1]
+    if x.numel() and batch and batch_norm_once.takes(x):
+        batch_norm_once.launch(x, *small, residual, activation, eps, y)
+    elif x.numel():
         launch(x, *small, residual, activation, batch, eps, y)
     else:
         _fill(own, torch.nan)
@@ -238,11 +241,14 @@ def _triton_backward(
     batch: bool,
     eps: float,
 ) -> list[Tensor]:
+    from pnfs.kernels.triton import batch_norm_once
     from pnfs.kernels.triton.batch_norm_act import launch_backward
 
     gradients = _empty_backward(gy, x, weight, bias, mean, var, residual, activation, batch, eps)
-    if x.numel():
-        small = weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous()
+    small = weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous()
+    if x.numel() and batch and batch_norm_once.takes(x):
+        batch_norm_once.launch_backward(gy, x, *small, residual, activation, eps, gradients)
+    elif x.numel():
         launch_backward(gy, x, *small, residual, activation, batch, eps, gradients)
     else:
         _fill(gradients, 0)
@@ -302,17 +308,23 @@ def _can_run_triton(x: Tensor, *_: Any) -> Verdict:
 
 
 def _cost_triton(args: Sequence[Any], outputs: Any) -> OpCost:
+    from pnfs.kernels.triton import batch_norm_once
     from pnfs.kernels.triton.batch_norm_act import partial_bytes
 
+    if batch_norm_once.takes(args[0]):
+        return _cost(1, args, outputs)
     cost = _cost(2, args, outputs)
     return cost if cost.launches == 1 else replace(cost, scratch=partial_bytes(args[0], False))
 
 
 def _cost_triton_backward(args: Sequence[Any], outputs: Any) -> OpCost:
     """With given statistics x's gradient is written where the sums are taken."""
+    from pnfs.kernels.triton import batch_norm_once
     from pnfs.kernels.triton.batch_norm_act import partial_bytes
 
     x, residual, batch = args[1], args[6], args[8]
+    if batch and batch_norm_once.takes(x):
+        return _cost_backward(1, args, outputs)
     if batch:
         return replace(_cost_backward(2, args, outputs), scratch=partial_bytes(x, True))
     return OpCost(2, (3 if residual is None else 5) * x.nbytes)

@@ -234,3 +234,44 @@ def test_programs_that_take_several_steps(
     with memory_filled_with_nan():
         first, second = (check(case, backend, device, magnified=10) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_one_launch_each_way_equals_the_float64_reference(
+    backend: str,
+    device: str,
+    residual: bool,
+    activation: Activation,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One step and several, the last of them full or not; channels that fill programs or do not.
+    Every value is written, and the same ones in every run."""
+    monkeypatch.setattr("pnfs.kernels.triton.batch_norm_once.PROGRAMS", 1)
+    monkeypatch.setattr("pnfs.kernels.triton.batch_norm_once.TILE", 256)
+    for shape in ((2, 16, 6, 5), (1, 13, 9, 8), (2, 8, 8, 4)):
+        case = random_case(shape, activation, residual=residual, dtype=dtype)
+        with memory_filled_with_nan():
+            first, second = (check(case, backend, device) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@on_triton
+@pytest.mark.parametrize("shape", [(1, 384, 1, 1), (1, 379, 5, 3)])
+def test_maps_of_many_channels_take_one_launch(
+    backend: str, device: str, shape: tuple[int, int, int, int]
+) -> None:
+    few = shape[2:] == (1, 1)  # a pixel has no deviation; 1 / sqrt(eps) magnifies what is left
+    check(random_case(shape, residual=True), backend, device, magnified=100 if few else 10)
+
+
+@on_triton
+def test_one_launch_keeps_a_mean_far_above_the_deviation(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pnfs.kernels.triton.batch_norm_once.PROGRAMS", 1)
+    monkeypatch.setattr("pnfs.kernels.triton.batch_norm_once.TILE", 512)
+    check(random_case((2, 20, 16, 15), "relu", offset=2000), backend, device, magnified=100)

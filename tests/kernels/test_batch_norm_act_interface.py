@@ -85,6 +85,24 @@ def test_costs_of_the_gpu(given_stats: bool, residual: bool) -> None:
         assert backward == OpCost(2, (5 + 2 * residual) * maps, scratch=24 * sums)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_costs_of_maps_of_many_channels_on_a_gpu(residual: bool) -> None:
+    """One launch each way, and nothing passes between programs."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    for channels, launches in ((376, 2), (377, 1)):
+        x = torch.empty(2, channels, 16, 12, device="meta")
+        small = torch.empty(channels, device="meta")
+        added = x if residual else None
+        args = (x, small, small, None, None, added, 2, 1e-5)
+        forward = op_costs["pnfs::batch_norm_act_triton"](args, None)
+        args = (x, x, small, small, small, small, added, 2, True, 1e-5)
+        backward = op_costs["pnfs::batch_norm_act_triton_backward"](args, None)
+        assert forward.launches == backward.launches == launches
+        if launches == 1:
+            assert forward == OpCost(1, (3 + residual) * x.nbytes)
+            assert backward == OpCost(1, (5 + 2 * residual) * x.nbytes)
+
+
 @needs_cpp
 def test_torch_compile_keeps_the_op_and_its_gradient() -> None:
     case = random_case((2, 16, 4, 4), "relu6", residual=True)

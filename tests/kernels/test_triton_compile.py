@@ -114,7 +114,7 @@ def calls_of_ops() -> Iterator[tuple[str, Call]]:
     for dtype in (fp32, *HALF):
         yield "batch_stats", partial(batch_stats, (3, 24, 40, 64, 48), dtype)
         for given_stats in (False, True):
-            for shape in ((24, 40, 64, 48), (1, 1, 1, 1)):
+            for shape in ((24, 40, 64, 48), (1, 1, 1, 1), (24, 390, 16, 12)):
                 yield "batch_norm_act", partial(batch_norm_act, shape, given_stats, dtype)
         for whole in (False, True):
             yield "separable_conv", partial(separable_conv, (3, 24, 40, 16, 12), 40, whole, dtype)

@@ -85,6 +85,68 @@ def load_affine(weight, bias, column, channels):
     return scale, tl.load(bias + column, mask=inside, other=0.0)
 
 
+@triton.jit
+def write_y(
+    x, residual, y, block, steps, pixels, channels, column, middle, scale, shift,
+    RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """act(scale (x - middle) + shift + residual) of the pixels of a program."""
+    for step in tl.range(steps, disable_licm=True):
+        first = rows_of(block, step, steps, ROWS)
+        start, places, mask = tile_at(first, pixels, channels, column, ROWS)
+        z = load_float(x + start + places, mask) - middle[None, :]
+        z = z * scale[None, :] + shift[None, :]
+        if RESIDUAL:
+            z += load_float(residual + start + places, mask)
+        store_as(y + start + places, activated(z, ACTIVATION), mask)
+
+
+@triton.jit
+def sums_of(
+    gy, x, residual, gx, g_residual, block, steps, pixels, channels, column, norm,
+    BATCH: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sums (COLS,) of g and of g times the normalised x over the pixels of a program; writes, with
+    RESIDUAL, its gradient, and, unless BATCH, that of x. norm: mean, 1 / deviation, weight, bias.
+    """
+    middle, rstd, scale, shift = norm
+    total = tl.zeros((ROWS, column.shape[0]), tl.float32)
+    moment = tl.zeros((ROWS, column.shape[0]), tl.float32)
+    for step in tl.range(steps, disable_licm=True):
+        first = rows_of(block, step, steps, ROWS)
+        start, places, mask = tile_at(first, pixels, channels, column, ROWS)
+        normalised = (load_float(x + start + places, mask) - middle[None, :]) * rstd[None, :]
+        z = normalised * scale[None, :] + shift[None, :]
+        if RESIDUAL:
+            z += load_float(residual + start + places, mask)
+        g = behind(load_float(gy + start + places, mask), z, ACTIVATION)
+        if RESIDUAL:
+            store_as(g_residual + start + places, g, mask)
+        if not BATCH:
+            store_as(gx + start + places, g * (scale * rstd)[None, :], mask)
+        total += g
+        moment += g * normalised
+    return tl.sum(total, axis=0), tl.sum(moment, axis=0)
+
+
+@triton.jit
+def write_gx(
+    gy, x, gx, block, steps, pixels, channels, column, norm, total, moment,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """x's gradient through the batch's statistics, of the pixels of a program. total, moment: the
+    means over all pixels of what `sums_of` sums. norm: as there."""
+    middle, rstd, scale, shift = norm
+    for step in tl.range(steps, disable_licm=True):
+        first = rows_of(block, step, steps, ROWS)
+        start, places, mask = tile_at(first, pixels, channels, column, ROWS)
+        normalised = (load_float(x + start + places, mask) - middle[None, :]) * rstd[None, :]
+        z = normalised * scale[None, :] + shift[None, :]
+        g = behind(load_float(gy + start + places, mask), z, ACTIVATION)
+        g = (g - total[None, :] - normalised * moment[None, :]) * (scale * rstd)[None, :]
+        store_as(gx + start + places, g, mask)
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def batch_norm_act_kernel(
     x, residual, mean, var, weight, bias, y, partials, pixels, channels, eps, steps, per_block,
@@ -109,14 +171,10 @@ def batch_norm_act_kernel(
         middle, rstd = load_norm(mean, var, column, channels, eps)
     scale, shift = load_affine(weight, bias, column, channels)
     scale *= rstd
-    for step in tl.range(steps, disable_licm=True):
-        first = rows_of(block, step, steps, ROWS)
-        start, places, mask = tile_at(first, pixels, channels, column, ROWS)
-        z = load_float(x + start + places, mask) - middle[None, :]
-        z = z * scale[None, :] + shift[None, :]
-        if RESIDUAL:
-            z += load_float(residual + start + places, mask)
-        store_as(y + start + places, activated(z, ACTIVATION), mask)
+    write_y(
+        x, residual, y, block, steps, pixels, channels, column, middle, scale, shift, RESIDUAL,
+        ACTIVATION, ROWS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -130,28 +188,15 @@ def sums_kernel(
     block, column = place(channels, COLS)
     middle, rstd = load_norm(mean, var, column, channels, eps)
     scale, shift = load_affine(weight, bias, column, channels)
-    zero = tl.zeros((ROWS, COLS), tl.float32)
-    total = zero
-    moment = zero
-    for step in tl.range(steps, disable_licm=True):
-        first = rows_of(block, step, steps, ROWS)
-        start, places, mask = tile_at(first, pixels, channels, column, ROWS)
-        normalised = (load_float(x + start + places, mask) - middle[None, :]) * rstd[None, :]
-        z = normalised * scale[None, :] + shift[None, :]
-        if RESIDUAL:
-            z += load_float(residual + start + places, mask)
-        g = behind(load_float(gy + start + places, mask), z, ACTIVATION)
-        if RESIDUAL:
-            store_as(g_residual + start + places, g, mask)
-        if not BATCH:
-            store_as(gx + start + places, g * (scale * rstd)[None, :], mask)
-        total += g
-        moment += g * normalised
+    total, moment = sums_of(
+        gy, x, residual, gx, g_residual, block, steps, pixels, channels, column,
+        (middle, rstd, scale, shift), BATCH, RESIDUAL, ACTIVATION, ROWS,
+    )  # fmt: skip
     inside = column < channels
     to = partials + block * channels + column
     every = tl.num_programs(0) // tl.cdiv(channels, COLS) * channels
-    tl.store(to, tl.sum(total, axis=0), mask=inside)
-    tl.store(to + every, tl.sum(moment, axis=0), mask=inside)
+    tl.store(to, total, mask=inside)
+    tl.store(to + every, moment, mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -175,14 +220,10 @@ def gradient_kernel(
     moment = (moment / pixels).to(tl.float32)
     middle, rstd = load_norm(mean, var, column, channels, eps)
     scale, shift = load_affine(weight, bias, column, channels)
-    for step in tl.range(steps, disable_licm=True):
-        first = rows_of(block, step, steps, ROWS)
-        start, places, mask = tile_at(first, pixels, channels, column, ROWS)
-        normalised = (load_float(x + start + places, mask) - middle[None, :]) * rstd[None, :]
-        z = normalised * scale[None, :] + shift[None, :]
-        g = behind(load_float(gy + start + places, mask), z, ACTIVATION)
-        g = (g - total[None, :] - normalised * moment[None, :]) * (scale * rstd)[None, :]
-        store_as(gx + start + places, g, mask)
+    write_gx(
+        gy, x, gx, block, steps, pixels, channels, column, (middle, rstd, scale, shift), total,
+        moment, ACTIVATION, ROWS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -85,9 +85,9 @@ def store_as(at, value, mask):
 
 
 @triton.jit
-def store_statistics(to, mean, squares, count, column, channels):
+def one_of_rows(mean, squares, count):
     """Merges the rows of `mean` and `squares` (ROWS, COLS), each of `count` (ROWS,) values, into
-    one mean and sum of squared deviations, `to` (2, C).
+    one mean and sum of squared deviations, (COLS,).
 
     The mean is corrected once, so that equal values have no deviation.
     """
@@ -96,9 +96,33 @@ def store_statistics(to, mean, squares, count, column, channels):
     middle = tl.sum(mean * each, axis=0) / total
     middle += tl.sum((mean - middle[None, :]) * each, axis=0) / total
     rest = mean - middle[None, :]
+    return middle, tl.sum(squares + rest * rest * each, axis=0)
+
+
+@triton.jit
+def store_statistics(to, mean, squares, count, column, channels):
+    """`one_of_rows`, `to` (2, C)."""
+    middle, squares = one_of_rows(mean, squares, count)
     inside = column < channels
     tl.store(to + column, middle, mask=inside)
-    tl.store(to + channels + column, tl.sum(squares + rest * rest * each, axis=0), mask=inside)
+    tl.store(to + channels + column, squares, mask=inside)
+
+
+@triton.jit
+def statistics_of_rows(x, block, steps, pixels, channels, column, ROWS: tl.constexpr):
+    """What `one_of_rows` takes, of the pixels of a program: row by row, step after step."""
+    mean = tl.zeros((ROWS, column.shape[0]), tl.float32)
+    squares = tl.zeros((ROWS, column.shape[0]), tl.float32)
+    for step in tl.range(steps, disable_licm=True):
+        first = rows_of(block, step, steps, ROWS)
+        start, places, mask = tile_at(first, pixels, channels, column, ROWS)
+        value = load_float(x + start + places, mask)
+        distance = tl.where(mask, value - mean, 0.0)
+        mean += distance * (1 / (step + 1.0))
+        squares += distance * tl.where(mask, value - mean, 0.0)
+    rest = pixels - rows_of(block, 0, steps, ROWS) - tl.arange(0, ROWS)
+    count = tl.minimum(tl.maximum((rest + ROWS - 1) // ROWS, 0), steps).to(tl.float32)
+    return mean, squares, count
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -110,17 +134,9 @@ def statistics_kernel(
     channels = channels // UNIT * UNIT  # says that UNIT divides it
     part = tl.program_id(1).to(tl.int64)
     block, column = place(channels, COLS)
-    mean = tl.zeros((ROWS, COLS), tl.float32)
-    squares = tl.zeros((ROWS, COLS), tl.float32)
-    for step in tl.range(steps, disable_licm=True):
-        first = rows_of(block, step, steps, ROWS)
-        start, places, mask = tile_at(first, pixels, channels, column, ROWS)
-        value = load_float(x + part * x_stride + start + places, mask)
-        distance = tl.where(mask, value - mean, 0.0)
-        mean += distance * (1 / (step + 1.0))
-        squares += distance * tl.where(mask, value - mean, 0.0)
-    rest = pixels - rows_of(block, 0, steps, ROWS) - tl.arange(0, ROWS)
-    count = tl.minimum(tl.maximum((rest + ROWS - 1) // ROWS, 0), steps).to(tl.float32)
+    mean, squares, count = statistics_of_rows(
+        x + part * x_stride, block, steps, pixels, channels, column, ROWS
+    )
     blocks = tl.num_programs(0) // tl.cdiv(channels, COLS)
     to = partials + (part * blocks + block) * 2 * channels
     store_statistics(to, mean, squares, count, column, channels)

@@ -58,9 +58,9 @@ struct Cutter {
 
 // Depthwise 3×3 of `pixels` pixels, x_step floats apart; rows point to the first one's left taps,
 // which are `side` floats apart.
-template <int kPixels>
+template <int kPixels, class Out>
 PNFS_INLINE void depthwise_pixels(const float* const* rows, std::int64_t x_step, std::int64_t side,
-                                  const Vec* taps, Vec bias, int act, float* out,
+                                  const Vec* taps, Vec bias, int act, Out* out,
                                   std::int64_t out_step) {
   Vec sum[kPixels];
 #pragma GCC unroll 4
@@ -76,11 +76,12 @@ PNFS_INLINE void depthwise_pixels(const float* const* rows, std::int64_t x_step,
     }
   }
 #pragma GCC unroll 4
-  for (int q = 0; q < kPixels; ++q) store(out + q * out_step, activate(sum[q], act));
+  for (int q = 0; q < kPixels; ++q) store_rounded(out + q * out_step, activate(sum[q], act));
 }
 
+template <class Out>
 void depthwise_run(const FoldedConv& s, const float* const* rows, std::int64_t x_step,
-                   std::int64_t side, std::int64_t pixels, float* out, std::int64_t out_step) {
+                   std::int64_t side, std::int64_t pixels, Out* out, std::int64_t out_step) {
   const std::int64_t padded = round_up(s.channels, kFoldedLanes);
   for (std::int64_t channel = 0; channel < padded; channel += kWidth) {
     Vec taps[9];
@@ -88,7 +89,7 @@ void depthwise_run(const FoldedConv& s, const float* const* rows, std::int64_t x
     for (int tap = 0; tap < 9; ++tap) taps[tap] = load(s.taps + tap * padded + channel);
     const Vec bias = load(s.taps_bias + channel);
     const float* at[3] = {rows[0] + channel, rows[1] + channel, rows[2] + channel};
-    float* to = out + channel;
+    Out* to = out + channel;
     std::int64_t x = 0;
     for (; x + 4 <= pixels; x += 4) {
       depthwise_pixels<4>(at, x_step, side, taps, bias, s.taps_act, to, out_step);
@@ -130,7 +131,7 @@ struct ConvScratch {
     t_step = channels + kFoldedLanes;  // a power of two would crowd into a few sets of the cache
     s_step = outputs + kFoldedLanes;
     e_step = channels;
-    t = s.taps == nullptr ? nullptr : cutter.take(kBlock * t_step);
+    t = s.taps == nullptr || s.pairs ? nullptr : cutter.take(kBlock * t_step);
     start = cutter.take(kBlock * s_step);
     between = s.up.data == nullptr ? nullptr : cutter.take((s.up.w + 1) * outputs);
     ring_row = (s.source.w + 2) * e_step;
@@ -281,6 +282,8 @@ void conv_rows(const FoldedConv& s, std::int64_t first, std::int64_t last, float
           dense ? i * s.source.row() : i / 3 * s.source.row() + i % 3 * s.source.step;
     }
   }
+  const bool packed = s.pairs && s.taps != nullptr;  // the taps write into the product's A
+  const Pairs pairs(scratch.pairs, s.channels);
   const std::int64_t reach = s.kernel / 2;
   const bool expands = s.expand != nullptr;
   alignas(Ring) unsigned char ring_memory[sizeof(Ring)];
@@ -293,7 +296,6 @@ void conv_rows(const FoldedConv& s, std::int64_t first, std::int64_t last, float
       const float* from = nullptr;
       std::int64_t from_step = s.source.step * s.stride;
       if (s.taps != nullptr) {
-        float* t = scratch.t + done * scratch.t_step;
         const float* rows[3];
         for (int i = 0; i < 3; ++i) {
           const std::int64_t at = y * s.stride + (i - 1) * s.dilation;
@@ -301,9 +303,17 @@ void conv_rows(const FoldedConv& s, std::int64_t first, std::int64_t last, float
                             : s.source.at(at, x * s.stride - s.dilation);
         }
         const std::int64_t step = expands ? scratch.e_step : s.source.step;
-        depthwise_run(s, rows, step * s.stride, step * s.dilation, run, t, scratch.t_step);
-        from = t;
-        from_step = scratch.t_step;
+        const auto make = [&](auto* out, std::int64_t out_step) {
+          out += done * out_step;
+          depthwise_run(s, rows, step * s.stride, step * s.dilation, run, out, out_step);
+        };
+        if (packed) {
+          make(pairs.a, pairs.step);
+        } else {
+          make(scratch.t, scratch.t_step);
+          from = scratch.t + done * scratch.t_step;
+          from_step = scratch.t_step;
+        }
       } else if (s.weight != nullptr) {
         from = s.source.at(y * s.stride - reach, x * s.stride - reach);
       }
@@ -314,13 +324,14 @@ void conv_rows(const FoldedConv& s, std::int64_t first, std::int64_t last, float
       const float* post = product.has_post ? s.post.at(y, x) : out;
       const std::int64_t post_step = product.has_post ? s.post.step : s.out.step;
       for (std::int64_t i = 0; i < run; ++i) {
-        product.a[done + i] = from + i * from_step;
+        if (!packed) product.a[done + i] = from + i * from_step;
         product.start[done + i] = starts ? start + i * scratch.s_step : s.bias;
         product.post[done + i] = post + i * post_step;
         product.out[done + i] = out + i * s.out.step;
       }
     });
-    if (s.weight != nullptr) multiply(product, scratch.pairs);
+    if (packed) pairs.pad(product.pixels);
+    if (s.weight != nullptr) multiply(product, scratch.pairs, packed);
   }
   clear_border(s.out, first, last);
 }

@@ -24,6 +24,8 @@ PNFS_INLINE std::int64_t paired_floats(std::int64_t depth) {
   return kBlock * paired_step(depth) / 2;
 }
 
+PNFS_INLINE void store_rounded(float* to, Vec v) { store(to, v); }
+
 PNFS_INLINE void store_rounded(BFloat16* to, Vec v) {
 #if defined(__AVX512BF16__) && PNFS_LANES == 16
   const __m256bh half = _mm512_cvtneps_pbh(same_bits<__m512>(v));
@@ -35,15 +37,17 @@ PNFS_INLINE void store_rounded(BFloat16* to, Vec v) {
 
 // A of a product in bfloat16, zeros behind its depth.
 struct Pairs {
-  const BFloat16* a;
-  std::int64_t step, words;  // 32-bit words of a row that hold elements of A
+  BFloat16* a;
+  std::int64_t depth, step, words;  // words: 32-bit ones of a row, its padding included
 
-  Pairs(const Product& p, float* memory) {
-    const std::int64_t depth = p.segments * p.depth;
-    BFloat16* to = reinterpret_cast<BFloat16*>(memory);
-    a = to;
-    step = paired_step(depth);
-    words = paired_depth(depth) / 2;
+  Pairs(float* memory, std::int64_t of_row)
+      : a(reinterpret_cast<BFloat16*>(memory)),
+        depth(of_row),
+        step(paired_step(of_row)),
+        words(paired_depth(of_row) / 2) {}
+
+  void pack(const Product& p) const {
+    BFloat16* to = a;
     for (std::int64_t row = 0; row < p.pixels; ++row, to += step) {
       for (std::int64_t s = 0; s < p.segments; ++s) {
         const float* from = p.a[row] + p.segment_at[s];
@@ -51,7 +55,13 @@ struct Pairs {
           store_rounded(to + s * p.depth + k, load(from + k));
         }
       }
-      std::memset(to + depth, 0, static_cast<std::size_t>(2 * words - depth) * sizeof *to);
+    }
+    pad(p.pixels);
+  }
+
+  void pad(std::int64_t rows) const {
+    for (std::int64_t row = 0; row < rows; ++row) {
+      std::memset(a + row * step + depth, 0, static_cast<std::size_t>(2 * words - depth) * sizeof *a);
     }
   }
 
@@ -107,12 +117,13 @@ class Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// kTiles tiles of 16 pixels, 16 columns from `column` on: tile registers 0 to 2 are the sums.
+constexpr std::int64_t kSumStep = 64 + 16;  // a panel's width; rows start in different sets
+
+// kTiles tiles of 16 pixels, 16 columns of b: tile registers 0 to 2 are the sums.
 template <int kTiles>
-void tile_columns(const Product& p, const Pairs& pairs, const float* b, std::int64_t b_step,
-                  std::int64_t column) {
+void tile_columns(const Pairs& pairs, const float* b, std::int64_t b_step, float* sums) {
   const BFloat16* a = pairs.a;
-  const std::int64_t a_bytes = pairs.step * 2, b_bytes = b_step * 4;
+  const std::int64_t a_bytes = pairs.step * 2, b_bytes = b_step * 4, sum_bytes = kSumStep * 4;
   _tile_zero(0);
   if (kTiles > 1) _tile_zero(1);
   if (kTiles > 2) _tile_zero(2);
@@ -129,28 +140,57 @@ void tile_columns(const Product& p, const Pairs& pairs, const float* b, std::int
       _tile_dpbf16ps(2, 5, 6);
     }
   }
-  alignas(64) float sums[16 * kTiles][16];
-  _tile_stored(0, sums[0], 64);
-  if (kTiles > 1) _tile_stored(1, sums[16 % (16 * kTiles)], 64);
-  if (kTiles > 2) _tile_stored(2, sums[32 % (16 * kTiles)], 64);
-  for (std::int64_t row = 0; row < p.pixels; ++row) {
-    finish(p, row, column, load(p.start[row] + column) + load(sums[row]));
+  _tile_stored(0, sums, sum_bytes);
+  if (kTiles > 1) _tile_stored(1, sums + 16 * kSumStep, sum_bytes);
+  if (kTiles > 2) _tile_stored(2, sums + 32 * kSumStep, sum_bytes);
+}
+
+// What the sums of a panel become, as `finish` has it; here the cases are told apart once.
+template <int kVecs, int kAct>
+void finish_panel(const Product& p, const float* sums, std::int64_t column) {
+  const bool has_post = p.has_post;
+  for (std::int64_t row = 0; row < p.pixels; ++row, sums += kSumStep) {
+    const float* start = p.start[row] + column;
+    const float* post = p.post[row] + column;
+    float* out = p.out[row] + column;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      Vec value = activate(load(start + v * kWidth) + load(sums + v * kWidth), kAct);
+      if (has_post) value += p.post_scale * load(post + v * kWidth);
+      store(out + v * kWidth, value);
+    }
+  }
+}
+
+template <int kVecs>
+void finish_panel(const Product& p, const float* sums, std::int64_t column) {
+  switch (p.act) {
+    case kLinear: return finish_panel<kVecs, kLinear>(p, sums, column);
+    case kRelu: return finish_panel<kVecs, kRelu>(p, sums, column);
+    default: return finish_panel<kVecs, kRelu6>(p, sums, column);
   }
 }
 
 void multiply_pairs(const Product& p, const Pairs& pairs) {
   static_assert(kBlock == 48 && kWidth == 16, "three tiles of 16 pixels");
+  alignas(64) float sums[kBlock * kSumStep];
   const float* b = p.weight;
   for (std::int64_t column = 0; column < p.columns;) {
     const std::int64_t width = panel_width(p.columns - column);
     for (std::int64_t at = 0; at < width; at += 16) {
       if (p.pixels > 32) {
-        tile_columns<3>(p, pairs, b + at, width, column + at);
+        tile_columns<3>(pairs, b + at, width, sums + at);
       } else if (p.pixels > 16) {
-        tile_columns<2>(p, pairs, b + at, width, column + at);
+        tile_columns<2>(pairs, b + at, width, sums + at);
       } else {
-        tile_columns<1>(p, pairs, b + at, width, column + at);
+        tile_columns<1>(pairs, b + at, width, sums + at);
       }
+    }
+    switch (width) {
+      case 64: finish_panel<4>(p, sums, column); break;
+      case 48: finish_panel<3>(p, sums, column); break;
+      case 32: finish_panel<2>(p, sums, column); break;
+      default: finish_panel<1>(p, sums, column); break;
     }
     b += width * pairs.words;
     column += width;
@@ -167,13 +207,13 @@ void multiply_pairs(const Product& p, const Pairs& pairs) { multiply_panels(p, p
 
 #endif
 
-// `memory`: paired_floats(), for operands in bfloat16; null for float32.
-void multiply(const Product& p, float* memory) {
-  if (memory == nullptr) {
-    multiply_panels(p, Floats{p});
-  } else {
-    multiply_pairs(p, Pairs(p, memory));
-  }
+// `memory`: paired_floats(), for operands in bfloat16; null for float32. It holds A already where
+// `packed`.
+void multiply(const Product& p, float* memory, bool packed = false) {
+  if (memory == nullptr) return multiply_panels(p, Floats{p});
+  const Pairs pairs(memory, p.segments * p.depth);
+  if (!packed) pairs.pack(p);
+  multiply_pairs(p, pairs);
 }
 
 }  // namespace

@@ -63,12 +63,16 @@ def maps(
 
 def check(inputs: list[Tensor], program: str, weights: Tensor) -> None:
     """C++ and the reference in float32 against the reference in float64. In bfloat16 a last digit
-    can round an operand up instead of down, which is 1/256 of it."""
+    can round an operand up instead of down, which is 1/256 of it and rare; the test of whole numbers
+    is the sharp one."""
     want = folded_network([x.double() for x in inputs], weights, program)
     for backend in ("torch", "cpp"):
         with use_backend(backend):
             have = folded_network(inputs, weights.float(), program)
-        assert error_of(have, want) < (1e-2 if parse(program).bfloat16 else 1e-5), backend
+        if not parse(program).bfloat16:
+            assert error_of(have, want) < 1e-5, backend
+        elif want.numel():
+            assert (have - want).norm() < 5e-3 * want.norm(), backend
 
 
 @needs_cpp
@@ -94,7 +98,8 @@ def test_convolutions_equal_the_reference(isa: str, bfloat16: bool, data: st.Dat
     writer.conv(buffers[level], same, normal(outputs, inputs) / inputs**0.5, normal(outputs))
     half = writer.buffer(3 + level, outputs)
     source = buffers[level + 1]
-    writer.conv(source, half, normal(outputs, writer.buffers[source].channels), normal(outputs))
+    channels = writer.buffers[source].channels
+    writer.conv(source, half, normal(outputs, channels) / channels**0.5, normal(outputs))
     chosen: dict[str, object] = {}
     if terms["pre"]:
         chosen["pre"] = (same, 0.7)
@@ -136,8 +141,8 @@ def test_convolutions_equal_the_reference(isa: str, bfloat16: bool, data: st.Dat
     program, weights = finish(writer, out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PNFS_ISA", isa)
-        channels = (inputs, inputs, outputs, outputs)
-        check(maps(channels, batch, units, data.draw(st.booleans())), program, weights)
+        sizes = (inputs, inputs, outputs, outputs)
+        check(maps(sizes, batch, units, data.draw(st.booleans())), program, weights)
 
 
 @needs_cpp

@@ -63,8 +63,8 @@ def maps(
 
 def check(inputs: list[Tensor], program: str, weights: Tensor) -> None:
     """C++ and the reference in float32 against the reference in float64. In bfloat16 a last digit
-    can round an operand up instead of down, which is 1/256 of it and rare; the test of whole numbers
-    is the sharp one."""
+    can round an operand up instead of down, which is 1/256 of it and rare: the test of whole
+    numbers is the sharp one."""
     want = folded_network([x.double() for x in inputs], weights, program)
     for backend in ("torch", "cpp"):
         with use_backend(backend):

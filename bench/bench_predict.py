@@ -104,7 +104,7 @@ def bench_network(measure: Any, request: Any, device: str, precision: str, count
     against, skipped = {}, {}
     if not request.config.getoption("benchmark_disable"):
         against, skipped = other_ways(images, request.config.getoption("compile_models"))
-    costs = pnfs.count_costs(user_network(device, precision), SIZE, count, device=device)
+    costs = pnfs.count_costs(settled(), SIZE, count, device=device)
     with pnfs.kernels.use_backend("torch"):
         want = without_gradients(settled(), images)()
     measure(

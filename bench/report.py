@@ -187,8 +187,8 @@ all ways ran in turn, ratios medians of the rounds' ratios: above 1, pnfs is tha
 and `folded` are the published network as plain modules (`bench/plain_model.py`). Rates count the
 bytes that must at least move, or the multiply-adds that the model needs, against the roof that is
 nearer; small maps stay in the caches and pass 100 % of the memory's, and an evaluation pass that of
-the multiply-adds where folding has made some needless. The heap is kept for every contestant
-(`pnfs.runtime.keep_heap`), as `pnfs train`, `eval` and `predict` do.
+float32's multiply-adds where folding has made some needless or the operands are bfloat16. The heap
+is kept for every contestant (`pnfs.runtime.keep_heap`), as `pnfs train`, `eval` and `predict` do.
 """
 
 

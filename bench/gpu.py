@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -113,7 +114,9 @@ def stages(dry: bool, folder: Path) -> list[Stage]:
 
     feeding = [python, "bench/feeding.py", "--out", str(folder / "feeding.jsonl"), *dry_flag]
     build = [python, "setup.py", "-q", "build_ext", "--inplace"]
-    tests = ["tests/kernels", "tests/test_capture.py", "-m", "not slow", "--maxfail=40"]
+    tests = ["tests", "-m", "gpu and not slow", "--maxfail=40"]
+    if importlib.util.find_spec("xdist"):  # kernels are compiled meanwhile, on every core
+        tests += ["-n", str(min(os.cpu_count() or 1, 12))]
     if dry:
         build = [python, "-m", "pnfs.cli", "info"]
         tests = ["tests/kernels/test_batch_stats.py", "tests/test_capture.py", "-k", "not run"]
@@ -121,6 +124,7 @@ def stages(dry: bool, folder: Path) -> list[Stage]:
     benches += ["--benchmark-disable", "-k", "mixed_sum"] if dry else ["-k", "cuda or triton"]
     tune = [python, "bench/tuning.py", "--out", str(folder / TUNED), "--seconds", "80", *dry_flag]
     tune += ["--batch", "2"] if dry else []
+    profile = [python, "bench/step_profile.py", "--out", str(folder / "profile.txt"), *dry_flag]
     repeated = ["--repetitions", "3" if dry else "10000", "--results", str(folder)]
     repeated += ["-k", "mixed_sum" if dry else "cuda or triton"]
     ignored = [
@@ -129,6 +133,8 @@ def stages(dry: bool, folder: Path) -> list[Stage]:
     return [
         Stage("build", build, 150),
         Stage("kernel tests", [*pytest, *tests], 170),
+        Stage("compilation", [*tune, "--compile-only"], 90),
+        Stage("profile", profile, 60),
         models("whole models", 150),
         Stage("feeding", feeding, 90),
         Stage("ops", [*pytest, "bench/", *ignored, *benches], 110),
@@ -191,6 +197,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with small shapes")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--seconds", type=float, default=BUDGET, help="of all stages together")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages alone")
     options = parser.parse_args()
     import torch
 
@@ -203,8 +210,14 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        todo = stages(dry, folder)
+        if options.only:
+            names = [stage.name for stage in todo]
+            if unknown := set(options.only) - set(names):
+                parser.error(f"no stage {sorted(unknown)[0]!r}; there are {', '.join(names)}")
+            todo = [stage for stage in todo if stage.name in options.only]
         with open(folder / "log", "w+", encoding="utf-8", errors="replace") as log:
-            outcomes = run_all(stages(dry, folder), options.seconds, log)
+            outcomes = run_all(todo, options.seconds, log)
         content = gather(folder, outcomes, dry)
         path = options.out / (("dry-run-" if dry else "") + records.file_name(content))
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

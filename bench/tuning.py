@@ -2,6 +2,7 @@
 
 python bench/tuning.py --out FOLDER             # leaves the choices in FOLDER/kernels.json
 python bench/tuning.py --out FOLDER --dry-run   # chooses without a GPU, and measures nothing
+python bench/tuning.py --compile-only           # into Triton's cache, the defaults alone
 """
 
 from __future__ import annotations
@@ -25,12 +26,23 @@ def compile_one(arch: int, index: int, name: str, dtype: torch.dtype) -> None:
         aot.compile_calls(partial(aot.CALLS[name], aot.PRESET, aot.BATCH, dtype), arch)
 
 
-def compile_all(arch: int) -> None:
-    """Into Triton's cache, on all cores: most of the time that tuning takes."""
-    tasks = itertools.product([arch], range(tuning.MOST), aot.CALLS, aot.DTYPES)
+def compile_all(arch: int, candidates: int) -> None:
+    """Into Triton's cache, on all cores: most of the time that tuning takes.
+
+    candidates: how many of each kernel's configurations.
+    """
+    if arch not in aot.ARCHITECTURES:
+        return
+    tasks = itertools.product([arch], range(candidates), aot.CALLS, aot.DTYPES)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         list(pool.map(compile_one, *zip(*tasks, strict=True)))
+
+
+def architecture() -> int:
+    """Of the current GPU, such as 90."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def dry_tuner(path: Path) -> tuning.Tuner:
@@ -43,18 +55,23 @@ def dry_tuner(path: Path) -> tuning.Tuner:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the folder")
+    parser.add_argument("--out", type=Path, help="the folder")
     parser.add_argument("--batch", type=int, nargs="+", default=[aot.BATCH, 128])
     parser.add_argument("--seconds", type=float, default=tuning.BUDGET, help="of measuring")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU")
+    parser.add_argument("--compile-only", action="store_true", help="measure nothing")
     options = parser.parse_args()
+    if options.compile_only:
+        if not options.dry_run:
+            compile_all(architecture(), 1)
+        return
+    if options.out is None:
+        parser.error("--out is missing: the folder that the choices go into")
     path = options.out / "kernels.json"
     if options.dry_run:
         tuner = dry_tuner(path)
     else:
-        major, minor = torch.cuda.get_device_capability()
-        if 10 * major + minor in aot.ARCHITECTURES:
-            compile_all(10 * major + minor)
+        compile_all(architecture(), tuning.MOST)
         tuner = tuning.Tuner(path, budget=options.seconds)
     with tuning.tuned(tuner):
         for batch, dtype, name in itertools.product(options.batch, aot.DTYPES, aot.CALLS):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pnfs.kernels import calls
 from pnfs.liveness import Parts
 
 
@@ -62,7 +63,7 @@ class MixTable(nn.Module):
     def forward(self, softmax: Tensor) -> list[Tensor]:
         """(all parts, rows, columns) → per mix (P, T)."""
         device = softmax.device.type
-        known = torch.amp.is_autocast_available(device)
+        known = calls.knows_autocast(device)
         with torch.autocast(device, enabled=False) if known else nullcontext():
             weights = self.factor * torch.mv(self.matrix, softmax.flatten())
         pieces = weights.split([p * t for p, t in self.shapes])

@@ -34,6 +34,12 @@ def unwatched(args: Sequence[Any]) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result  # older releases of torch.compile cannot trace the question
+def knows_autocast(device: str) -> bool:
+    """Whether a device of this type has autocast; "meta" has none."""
+    return torch.amp.is_autocast_available(device)
+
+
 def needs_gradient(args: Sequence[Any]) -> bool:
     """Whether autograd would note a call with these arguments."""
     return torch.is_grad_enabled() and _C._any_requires_grad(*args)

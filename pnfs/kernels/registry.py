@@ -163,7 +163,7 @@ class Op:
         fn = self.backends[self.choose(args)].fn
         device = device_type(args)
         # An op says itself what it computes in; devices such as "meta" know no autocast.
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if calls.knows_autocast(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return fn(*args)
         return fn(*args)

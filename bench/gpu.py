@@ -65,6 +65,7 @@ def run_stage(stage: Stage, limit: float, log: Any) -> Outcome:
         return Outcome(stage.name, "not run", 0.0, "no time was left")
     log.write(f"\n=== {stage.name}: {' '.join(map(str, stage.command))}\n")
     log.flush()
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     started, start = time.monotonic(), log.tell()
     process = subprocess.Popen(
         list(stage.command),
@@ -72,7 +73,7 @@ def run_stage(stage: Stage, limit: float, log: Any) -> Outcome:
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **stage.environment},
+        env={**os.environ, "PYTHONPATH": path, **stage.environment},
     )
     try:
         status = "passed" if process.wait(limit) == 0 else "failed"

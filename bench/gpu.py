@@ -27,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 570  # seconds of all stages together
+FAREWELL = 3  # seconds of a stage's limit that it has to end by itself
 TAIL = 4000  # characters of a stage's output that the JSON keeps
 TUNED = "tuned"  # folder of the choices that stage "tuning" leaves
 CUDA_OPS = ("crop_normalize", "oks_nms", "depthwise_fanout")
@@ -76,9 +77,12 @@ def run_stage(stage: Stage, limit: float, log: Any) -> Outcome:
         env={**os.environ, "PYTHONPATH": path, **stage.environment},
     )
     try:
-        status = "passed" if process.wait(limit) == 0 else "failed"
+        status = "passed" if process.wait(limit - FAREWELL) == 0 else "failed"
     except subprocess.TimeoutExpired:
         status = "too long"
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)  # pytest then says what failed so far
+            process.wait(FAREWELL)
     finally:  # a child of a stage that is over keeps the GPU busy
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -116,8 +120,10 @@ def stages(dry: bool, folder: Path) -> list[Stage]:
     feeding = [python, "bench/feeding.py", "--out", str(folder / "feeding.jsonl"), *dry_flag]
     build = [python, "setup.py", "-q", "build_ext", "--inplace"]
     tests = ["tests", "-m", "gpu and not slow", "--maxfail=40"]
-    if importlib.util.find_spec("xdist"):  # kernels are compiled meanwhile, on every core
+    alone: dict[str, str] = {}
+    if importlib.util.find_spec("xdist"):  # every core compiles kernels
         tests += ["-n", str(min(os.cpu_count() or 1, 12))]
+        alone["OMP_NUM_THREADS"] = "1"
     if dry:
         build = [python, "-m", "pnfs.cli", "info"]
         tests = ["tests/kernels/test_batch_stats.py", "tests/test_capture.py", "-k", "not run"]
@@ -133,7 +139,7 @@ def stages(dry: bool, folder: Path) -> list[Stage]:
     ]
     return [
         Stage("build", build, 150),
-        Stage("kernel tests", [*pytest, *tests], 170),
+        Stage("kernel tests", [*pytest, *tests], 170, environment=alone),
         Stage("compilation", [*tune, "--compile-only"], 90),
         Stage("profile", profile, 60),
         models("whole models", 150),

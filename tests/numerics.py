@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from hypothesis import settings
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -18,6 +19,12 @@ _ABLE = native.module("_cpu").instruction_sets() if native.module_available("_cp
 ISAS = [isa for isa in ("portable", "avx2", "avx512") if isa in _ABLE]
 # Those that products of bfloat16 are compiled for.
 BF16_ISAS = [*ISAS, *(isa for isa in ("avx512_bf16", "amx") if isa in _ABLE)]
+
+
+def examples(count: int, device: str) -> settings:
+    """Of a test with random arguments: `count` of them, on a GPU a third, because there most have
+    Triton compile kernels anew."""
+    return settings(max_examples=-(-count // 3) if device == "cuda" else count, deadline=None)
 
 
 def value_and_gradients(

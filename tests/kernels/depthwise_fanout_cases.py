@@ -48,6 +48,9 @@ class Case:
     def double(self) -> Case:
         return replace(self, tensors=tuple(tensor.double() for tensor in self.tensors))
 
+    def to(self, device: str) -> Case:
+        return replace(self, tensors=tuple(tensor.to(device) for tensor in self.tensors))
+
     def with_x(self, x: Tensor) -> Case:
         return replace(self, tensors=(x, *self.tensors[1:]))
 
@@ -93,7 +96,7 @@ def call(case: Case) -> tuple[Tensor, ...]:
 
 def run(case: Case, device: str = "cpu") -> list[Tensor]:
     """The results and the gradients of all tensors."""
-    tensors = [tensor.to(device) for tensor in case.tensors]
+    tensors = case.to(device).tensors
     return value_and_gradients(lambda *leaves: call(replace(case, tensors=leaves)), tensors)
 
 

@@ -65,6 +65,9 @@ class Case:
     def double(self) -> Case:
         return self.with_tensors(tuple(tensor.double() for tensor in self.tensors.values()))
 
+    def to(self, device: str) -> Case:
+        return self.with_tensors(tuple(tensor.to(device) for tensor in self.tensors.values()))
+
 
 def random_case(
     shape: tuple[int, int, int, int, int],
@@ -110,7 +113,7 @@ def call(case: Case) -> tuple[Tensor, ...]:
 
 def run(case: Case, device: str = "cpu") -> list[Tensor]:
     """The results and the gradients of all tensors."""
-    tensors = [tensor.to(device) for tensor in case.tensors.values()]
+    tensors = list(case.to(device).tensors.values())
     return value_and_gradients(lambda *leaves: call(case.with_tensors(leaves)), tensors)
 
 
@@ -142,9 +145,14 @@ def check(case: Case, backend: str, device: str, isa: str) -> list[Tensor]:
     assert have[0].dtype == case.x.dtype
     assert have[0].shape == (p, n, case.pointwise.shape[1], h, w)
     assert have[0].permute(0, 1, 3, 4, 2).is_contiguous()
+    allowed = DTYPES[case.x.dtype]
+    if (backend, device) == ("triton", "cuda") and case.x.dtype != torch.float32:
+        # Tensor cores take factors of the map's type, as in torch's own convolutions: their
+        # rounding adds to that of the result.
+        allowed *= 2
     names = ["y", "mean_y", "var_y"][: 3 if case.stats else 1]
     names += [f"gradient of {name}" for name in case.tensors]
     for name, result, right in zip(names, have, want, strict=True):
-        error, allowed = error_of(result, right), DTYPES[case.x.dtype]
+        error = error_of(result, right)
         assert error <= allowed, f"{name} is off by {error:.2e}"
     return have

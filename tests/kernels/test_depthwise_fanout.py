@@ -149,7 +149,7 @@ def test_a_mean_far_above_the_deviation(backend: str, device: str, isa: str) -> 
     with use_backend("torch"):
         want = call(case.double())
     with using(backend, isa):
-        have = call(case)
+        have = [result.cpu() for result in call(case.to(device))]
     for i in (1, 4):
         torch.testing.assert_close(have[i].double(), want[i], rtol=1e-6, atol=0)
         torch.testing.assert_close(have[i + 1].double(), want[i + 1], rtol=1e-3, atol=0)
@@ -203,7 +203,7 @@ def test_a_value_that_is_no_number_spoils_its_neighbours_alone(
     with use_backend("torch"):
         want = call(case.double())
     with using(backend, isa):
-        have = call(case)
+        have = [result.cpu() for result in call(case.to(device))]
     for result, right in zip(have, want, strict=True):
         assert torch.equal(result.isfinite(), right.isfinite())
         assert torch.equal(result.isnan(), right.isnan())
@@ -213,13 +213,13 @@ def test_a_value_that_is_no_number_spoils_its_neighbours_alone(
 def test_the_gradient_of_a_maximum_goes_to_the_first_of_equal_values(
     backend: str, device: str, isa: str
 ) -> None:
-    flat = torch.zeros(1, 1, 5, 4, 4).requires_grad_()
+    flat = torch.zeros(1, 1, 5, 4, 4, device=device).requires_grad_()
     with using(backend, isa):
         ((y, _, _),) = depthwise_fanout(flat, ["max_pool"], stats=False)
         (gradient,) = torch.autograd.grad(y.sum(), flat)
     # Windows are cut at the border, so four of them start at (0, 0).
     right = torch.tensor([[4.0, 2, 2, 0], [2, 1, 1, 0], [2, 1, 1, 0], [0, 0, 0, 0]])
-    assert torch.equal(gradient, right.expand(1, 1, 5, 4, 4))
+    assert torch.equal(gradient.cpu(), right.expand(1, 1, 5, 4, 4))
 
 
 @on_every_backend

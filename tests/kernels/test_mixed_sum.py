@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import (
     ISAS,
     check_every_value_is_written_and_equal_in_every_run,
     check_value_and_gradients,
     error_of,
+    examples,
     memory_filled_with_nan,
     opcheck,
     value_and_gradients,
@@ -182,21 +183,24 @@ def test_equals_the_float64_reference(
 
 
 @on_every_backend
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(data=st.data())
-def test_any_shape(backend: str, device: str, data: st.DataObject) -> None:
-    channels = st.one_of(st.integers(1, 20), st.sampled_from([32, 48, 64, 80, 130]))
-    shape = (
-        data.draw(st.integers(1, 8)),
-        data.draw(st.integers(0, 3)),
-        data.draw(channels),
-        data.draw(st.integers(1, 5)),
-        data.draw(st.integers(1, 5)),
-    )
-    branches = data.draw(st.integers(0, 3))
-    skip = True if branches == 0 else data.draw(st.booleans())
-    seed = data.draw(st.integers(0, 99))
-    check(random_case(shape, branches, skip=skip, seed=seed), backend, device)
+def test_any_shape(backend: str, device: str) -> None:
+    @examples(EXAMPLES, device)
+    @given(data=st.data())
+    def any_case(data: st.DataObject) -> None:
+        channels = st.one_of(st.integers(1, 20), st.sampled_from([32, 48, 64, 80, 130]))
+        shape = (
+            data.draw(st.integers(1, 8)),
+            data.draw(st.integers(0, 3)),
+            data.draw(channels),
+            data.draw(st.integers(1, 5)),
+            data.draw(st.integers(1, 5)),
+        )
+        branches = data.draw(st.integers(0, 3))
+        skip = True if branches == 0 else data.draw(st.booleans())
+        seed = data.draw(st.integers(0, 99))
+        check(random_case(shape, branches, skip=skip, seed=seed), backend, device)
+
+    any_case()
 
 
 @on_every_backend

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import (
     ISAS,
     check_every_value_is_written_and_equal_in_every_run,
     check_value_and_gradients,
     error_of,
+    examples,
     memory_filled_with_nan,
     opcheck,
     value_and_gradients,
@@ -196,29 +197,32 @@ def test_equals_the_float64_reference(
 
 
 @on_every_backend
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(data=st.data())
-def test_any_shape(backend: str, device: str, data: st.DataObject) -> None:
-    transforms = data.draw(st.lists(st.sampled_from(TRANSFORMS), min_size=1, max_size=4))
-    factor = 2 if "up" in transforms else 1
-    interpreted = (backend, device) == ("triton", "cpu")  # a program at a time, in Python
-    side = st.integers(1, 3 if interpreted else 9)
-    wide = [32] if interpreted else [32, 48, 64, 80, 130]
-    shape = (
-        data.draw(st.integers(1, 2 if interpreted else 8)),
-        data.draw(st.integers(0, 2 if interpreted else 3)),
-        data.draw(st.one_of(st.integers(1, 20), st.sampled_from(wide))),
-        data.draw(side) * factor,
-        data.draw(side) * factor,
-    )
-    case = random_case(
-        shape,
-        " ".join(transforms),
-        relu=data.draw(st.booleans()),
-        down_relu=data.draw(st.booleans()),
-        seed=data.draw(st.integers(0, 99)),
-    )
-    check(case, backend, device)
+def test_any_shape(backend: str, device: str) -> None:
+    @examples(EXAMPLES, device)
+    @given(data=st.data())
+    def any_case(data: st.DataObject) -> None:
+        transforms = data.draw(st.lists(st.sampled_from(TRANSFORMS), min_size=1, max_size=4))
+        factor = 2 if "up" in transforms else 1
+        interpreted = (backend, device) == ("triton", "cpu")  # a program at a time, in Python
+        side = st.integers(1, 3 if interpreted else 9)
+        wide = [32] if interpreted else [32, 48, 64, 80, 130]
+        shape = (
+            data.draw(st.integers(1, 2 if interpreted else 8)),
+            data.draw(st.integers(0, 2 if interpreted else 3)),
+            data.draw(st.one_of(st.integers(1, 20), st.sampled_from(wide))),
+            data.draw(side) * factor,
+            data.draw(side) * factor,
+        )
+        case = random_case(
+            shape,
+            " ".join(transforms),
+            relu=data.draw(st.booleans()),
+            down_relu=data.draw(st.booleans()),
+            seed=data.draw(st.integers(0, 99)),
+        )
+        check(case, backend, device)
+
+    any_case()
 
 
 @on_every_backend
@@ -238,7 +242,7 @@ def test_upsampling_meets_both_ends_and_keeps_planes(backend: str, device: str) 
     y, x = torch.meshgrid(torch.arange(5.0), torch.arange(7.0), indexing="ij")
     plane = (2 * y - 3 * x + 1).expand(1, 1, 3, 5, 7)
     rows, columns = torch.linspace(0, 4, 10), torch.linspace(0, 6, 14)
-    zeros, ones = torch.zeros(1, 3), torch.ones(1, 3)
+    zeros, ones = torch.zeros(1, 3, device=device), torch.ones(1, 3, device=device)
     with use_backend(backend):
         out = scale_mix(
             [plane.to(device)], ["up"], [zeros], [ones], [ones], [zeros], ones[:, :1],

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from numerics import error_of, memory_filled_with_nan, value_and_gradients
+from numerics import error_of, examples, memory_filled_with_nan, value_and_gradients
 from separable_conv_cases import (
     AFFINE,
     DTYPES,
@@ -120,36 +120,39 @@ def test_every_normalisation_and_activation(
 
 
 @on_every_backend
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(data=st.data())
-def test_any_shape(backend: str, device: str, isa: str, data: st.DataObject) -> None:
-    wide = [32] if INTERPRETED else [32, 48, 64, 80, 130]
-    channels = st.one_of(st.integers(1, 20), st.sampled_from(wide))
-    shape = (
-        data.draw(st.integers(1, 2 if INTERPRETED else 8)),
-        data.draw(st.integers(0, 3)),
-        data.draw(channels),
-        data.draw(st.integers(1, min(SIDE, 9))),
-        data.draw(st.integers(1, SIDE)),
-    )
-    options = " ".join(data.draw(st.sets(st.sampled_from(["depthwise", "bias", "normalised"]))))
-    if "normalised" in options:
-        options += " " + " ".join(data.draw(st.sets(st.sampled_from(["gamma", "beta"]))))
-    dtype = data.draw(st.sampled_from(STORAGE_CPU))
-    # The gradient through var_y is 2 (y - mean_y) / count, of a y that was rounded to its storage:
-    # over a handful of bfloat16 values that rounding is all there is of it.
-    enough = dtype != torch.bfloat16 or shape[1] * shape[3] * shape[4] >= 64
-    case = random_case(
-        shape,
-        data.draw(channels),
-        options,
-        activation=data.draw(st.sampled_from(ACTIVATIONS)),
-        dilation=data.draw(st.integers(1, 3)),
-        stats=data.draw(st.booleans()) and enough,
-        dtype=dtype,
-        seed=data.draw(st.integers(0, 99)),
-    )
-    check(case, backend, device, isa)
+def test_any_shape(backend: str, device: str, isa: str) -> None:
+    @examples(EXAMPLES, device)
+    @given(data=st.data())
+    def any_case(data: st.DataObject) -> None:
+        wide = [32] if INTERPRETED else [32, 48, 64, 80, 130]
+        channels = st.one_of(st.integers(1, 20), st.sampled_from(wide))
+        shape = (
+            data.draw(st.integers(1, 2 if INTERPRETED else 8)),
+            data.draw(st.integers(0, 3)),
+            data.draw(channels),
+            data.draw(st.integers(1, min(SIDE, 9))),
+            data.draw(st.integers(1, SIDE)),
+        )
+        options = " ".join(data.draw(st.sets(st.sampled_from(["depthwise", "bias", "normalised"]))))
+        if "normalised" in options:
+            options += " " + " ".join(data.draw(st.sets(st.sampled_from(["gamma", "beta"]))))
+        dtype = data.draw(st.sampled_from(STORAGE_CPU))
+        # The gradient through var_y is 2 (y - mean_y) / count, of a y that was rounded to its
+        # storage: over a handful of bfloat16 values that rounding is all there is of it.
+        enough = dtype != torch.bfloat16 or shape[1] * shape[3] * shape[4] >= 64
+        case = random_case(
+            shape,
+            data.draw(channels),
+            options,
+            activation=data.draw(st.sampled_from(ACTIVATIONS)),
+            dilation=data.draw(st.integers(1, 3)),
+            stats=data.draw(st.booleans()) and enough,
+            dtype=dtype,
+            seed=data.draw(st.integers(0, 99)),
+        )
+        check(case, backend, device, isa)
+
+    any_case()
 
 
 @on_every_kernel
@@ -198,7 +201,7 @@ def test_a_mean_far_above_the_deviation(backend: str, device: str, isa: str) -> 
     with use_backend("torch"):
         want = call(plain.double())
     with using(backend, isa):
-        have = call(plain)
+        have = [result.cpu() for result in call(plain.to(device))]
     assert (want[1] / want[2].sqrt()).min() > 1e3
     torch.testing.assert_close(have[1].double(), want[1], rtol=1e-6, atol=0)
     torch.testing.assert_close(have[2].double(), want[2], rtol=1e-4, atol=0)
@@ -303,7 +306,7 @@ def test_a_value_that_is_no_number_spoils_its_neighbours_alone(
     with use_backend("torch"):
         want = call(case.double())[0]
     with using(backend, isa):
-        have = call(case)[0]
+        have = call(case.to(device))[0].cpu()
     assert torch.equal(have.isfinite(), want.isfinite())
     assert (~have.isfinite()).any(2)[0].sum() == 9
 

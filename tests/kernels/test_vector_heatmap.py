@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from keypoint_vectors import (
     APART,
@@ -25,7 +25,7 @@ from keypoint_vectors import (
     skip_if_interpreted,
     skip_unless_taken,
 )
-from numerics import opcheck
+from numerics import examples, opcheck
 from torch import Tensor
 
 from pnfs.errors import PnfsError
@@ -100,15 +100,18 @@ def test_every_layout(backend: str, device: str, layout: str, d: int) -> None:
 
 
 @on_every_backend
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(data=st.data())
-def test_any_shape(backend: str, device: str, data: st.DataObject) -> None:
-    parts = data.draw(st.sampled_from([ONE, APART, SHARED, EIGHT]))
-    side = st.integers(1, MAX_SIDE)
-    shape = data.draw(st.tuples(st.integers(0, 3), st.integers(1, 24), side, side))
-    layout = data.draw(st.sampled_from(LAYOUTS))
-    vectors = random_vectors(parts, shape, layout=layout, device=device)
-    check(vectors, parts, backend)
+def test_any_shape(backend: str, device: str) -> None:
+    @examples(EXAMPLES, device)
+    @given(data=st.data())
+    def any_case(data: st.DataObject) -> None:
+        parts = data.draw(st.sampled_from([ONE, APART, SHARED, EIGHT]))
+        side = st.integers(1, MAX_SIDE)
+        shape = data.draw(st.tuples(st.integers(0, 3), st.integers(1, 24), side, side))
+        layout = data.draw(st.sampled_from(LAYOUTS))
+        vectors = random_vectors(parts, shape, layout=layout, device=device)
+        check(vectors, parts, backend)
+
+    any_case()
 
 
 @on_every_backend

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from keypoint_vectors import (
     APART,
@@ -28,6 +28,7 @@ from keypoint_vectors import (
     skip_if_interpreted,
     skip_unless_taken,
 )
+from numerics import examples
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -155,21 +156,24 @@ def test_every_layout(backend: str, device: str, layout: str, d: int) -> None:
 
 
 @on_every_backend
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(data=st.data())
-def test_any_shape(backend: str, device: str, data: st.DataObject) -> None:
-    parts = data.draw(st.sampled_from([ONE, APART, SHARED, EIGHT]))
-    side = st.integers(1, MAX_SIDE)
-    shape = data.draw(st.tuples(st.integers(0, 3), st.integers(1, 24), side, side))
-    layout = data.draw(st.sampled_from(LAYOUTS))
-    case = random_case(
-        parts, shape, layout=layout, device=device, seed=data.draw(st.integers(0, 9))
-    )
-    case.options = {
-        "sigma": data.draw(st.sampled_from([0.5, 2.0, 3.0, 40.0])),
-        "stride": data.draw(st.sampled_from([1, 4, 8])),
-    }
-    check(case, backend)
+def test_any_shape(backend: str, device: str) -> None:
+    @examples(EXAMPLES, device)
+    @given(data=st.data())
+    def any_case(data: st.DataObject) -> None:
+        parts = data.draw(st.sampled_from([ONE, APART, SHARED, EIGHT]))
+        side = st.integers(1, MAX_SIDE)
+        shape = data.draw(st.tuples(st.integers(0, 3), st.integers(1, 24), side, side))
+        layout = data.draw(st.sampled_from(LAYOUTS))
+        case = random_case(
+            parts, shape, layout=layout, device=device, seed=data.draw(st.integers(0, 9))
+        )
+        case.options = {
+            "sigma": data.draw(st.sampled_from([0.5, 2.0, 3.0, 40.0])),
+            "stride": data.draw(st.sampled_from([1, 4, 8])),
+        }
+        check(case, backend)
+
+    any_case()
 
 
 @on_every_backend

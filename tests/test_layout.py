@@ -68,6 +68,7 @@ INFRASTRUCTURE = {
         "prediction",
         "records",
         "report",
+        "step_profile",
         "timing",
         "tuning",
         "whole_models",

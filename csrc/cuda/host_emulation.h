@@ -1,6 +1,6 @@
 // Runs the CUDA sources on the CPU, for tests: a C++20 compiler takes this header in place of nvcc's.
 //
-// A block's threads are host threads. __syncthreads() is a std::barrier, __shared__ is static,
+// A block's threads are host threads. __syncthreads() is a barrier of theirs, __shared__ is static,
 // exchanges within a warp go through a buffer. The blocks of a grid run one after the other, so one
 // static copy of the shared memory serves them all; dynamic shared memory starts every block as NaN.
 // A race between the threads of a block is one between host threads: ThreadSanitizer reports it. One
@@ -18,18 +18,21 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <barrier>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -69,8 +72,56 @@ constexpr std::size_t kMostShared = 48 * 1024;  // what a kernel may use without
   std::abort();
 }
 
+// As std::barrier, but what a thread does after a phase is never ordered before what a late waker of
+// that phase does: then ThreadSanitizer would not see their race. libstdc++'s barriers share counters,
+// and one mutex would be taken by the next phase's threads before the late waker has it again. So
+// phases take turns with two: no thread can be at the phase after next before the late waker has come.
+class Barrier {
+ public:
+  explicit Barrier(int threads, std::function<void()> completion = [] {})
+      : threads_(threads), waited_for_(threads), completion_(std::move(completion)) {}
+
+  void arrive_and_wait() {
+    // The phase cannot end without this thread, so it need not be looked at under the mutex.
+    const std::uint64_t phase = phase_.load(std::memory_order_relaxed);
+    Turn& turn = turns_[phase % 2];
+    std::unique_lock lock(turn.mutex);
+    arrive(turn);
+    turn.all_here.wait(lock, [&] { return turn.ended == phase + 1; });
+  }
+
+  // Never to come again.
+  void arrive_and_drop() {
+    Turn& turn = turns_[phase_.load(std::memory_order_relaxed) % 2];
+    const std::lock_guard lock(turn.mutex);
+    --threads_;
+    arrive(turn);
+  }
+
+ private:
+  struct Turn {
+    std::mutex mutex;
+    std::condition_variable all_here;
+    std::uint64_t ended = 0;  // the last phase of this turn that has ended, plus 1
+  };
+
+  void arrive(Turn& turn) {
+    if (--waited_for_ > 0) return;
+    completion_();
+    waited_for_ = threads_;
+    turn.ended = phase_.load(std::memory_order_relaxed) + 1;
+    phase_.store(turn.ended, std::memory_order_relaxed);
+    turn.all_here.notify_all();
+  }
+
+  std::array<Turn, 2> turns_;
+  std::atomic<std::uint64_t> phase_ = 0;
+  int threads_, waited_for_;
+  std::function<void()> completion_;
+};
+
 struct Warp {
-  std::barrier<> barrier;
+  Barrier barrier;
   std::atomic<std::uint32_t> live;  // lanes that have not returned
   std::array<std::uint64_t, kWarp> values{};
 
@@ -79,7 +130,7 @@ struct Warp {
 };
 
 struct Block {
-  std::barrier<> barrier;
+  Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<float4> shared;
 
@@ -149,7 +200,7 @@ void launch(const char* name, std::int64_t blocks, int threads, std::size_t shar
   const bool reversed = setting("PNFS_EMULATED_ORDER") == "reversed";
   Grid state{std::nullopt, setting("PNFS_EMULATED_SKIP")};
   // Opens once every thread has left the block before; then makes the next block's state.
-  std::barrier next_block(threads, [&]() noexcept { state.block.emplace(threads, shared_bytes); });
+  Barrier next_block(threads, [&] { state.block.emplace(threads, shared_bytes); });
   const auto run = [&](unsigned thread) {
     grid = &state;
     threadIdx = {thread, 0, 0};

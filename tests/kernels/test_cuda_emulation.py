@@ -17,6 +17,7 @@ from pnfs.kernels import native
 
 OPS = sorted(name for name, op in kernels.ops().items() if "cuda" in op.backends)
 KERNELS = sorted(path for path in (CSRC / "cuda").glob("*.cu*"))
+RUNS = 3
 
 
 def barriers(path: Path) -> list[str]:
@@ -30,6 +31,12 @@ def races(tmp_path_factory: pytest.TempPathFactory) -> RaceCheck:
     return RaceCheck(tmp_path_factory.mktemp("cuda_races"))
 
 
+def race_found(races: RaceCheck, case: str, skip: str) -> bool:
+    """In one of a few runs: ThreadSanitizer sees the schedule that happened and keeps four accesses
+    per word, so a race can stay unseen. It reports none that is not there."""
+    return any("data race" in races(case, skip=skip).stderr for _ in range(RUNS))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_have_no_race(races: RaceCheck, op: str) -> None:
     done = races(op)
@@ -40,13 +47,13 @@ def test_a_planted_race_is_found(races: RaceCheck) -> None:
     done = races("block_sum")
     assert done.returncode == 0, done.stdout + done.stderr
     (barrier,) = barriers(HERE / "cuda_races.cpp")
-    assert "data race" in races("block_sum", skip=barrier).stderr
+    assert race_found(races, "block_sum", skip=barrier)
 
 
 @pytest.mark.parametrize("barrier", [b for path in KERNELS for b in barriers(path)])
 def test_without_any_one_barrier_there_is_a_race(races: RaceCheck, barrier: str) -> None:
     (op,) = [name for name in OPS if barrier.startswith(name)]
-    assert "data race" in races(op, skip=barrier).stderr
+    assert race_found(races, op, skip=barrier)
 
 
 def test_every_launch_is_checked() -> None:

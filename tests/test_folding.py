@@ -151,6 +151,35 @@ def test_products_in_bfloat16_are_near(preset: str) -> None:
 
 
 @needs_cpp
+@pytest.mark.parametrize("isa", ["avx512", None])
+def test_autocast_with_a_backbone_of_its_own(
+    isa: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `pnfs eval --precision bf16` calls it, on CPUs with and without units for bfloat16."""
+    if isa is not None:
+        monkeypatch.setenv("PNFS_ISA", isa)
+    model, images = model_of("ours-2"), torch.randn(1, 3, 64, 64)
+    network = for_evaluation(model, torch.device("cpu"), "bf16")
+    assert isinstance(network, FoldedPoseNet)
+    with torch.no_grad():
+        want = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            have = network(images)
+    assert (have - want).abs().max() < (0.03 if network.rounded_products else 1e-4)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_backbone_of_its_own_on_a_device_without_autocast(bfloat16: bool) -> None:
+    folded = fold(model_of("ours-2"), bfloat16=bfloat16).to("meta")
+    assert folded(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 17, 16, 16)
+
+
+def test_images_of_another_dtype_are_refused() -> None:
+    with pytest.raises(PnfsError, match="float32"):
+        fold(model_of("tiny"), bfloat16=True)(torch.randn(1, 3, 64, 64).double())
+
+
+@needs_cpp
 def test_a_batch_may_be_empty() -> None:
     folded = fold(model_of("tiny"))
     assert folded(torch.empty(0, 3, 64, 96)).shape == (0, 17, 16, 24)

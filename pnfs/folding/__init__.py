@@ -11,6 +11,7 @@ Shapes: matrices (O, I); 3×3 kernels (O, I, 3, 3); depthwise taps (C, 3, 3).
 
 from __future__ import annotations
 
+import contextlib
 from typing import cast
 
 import torch
@@ -24,7 +25,7 @@ from pnfs.fabric import Fabric
 from pnfs.folding.backbones import fused_backbone, write_mobilenet, write_stem
 from pnfs.folding.fabric import FabricFolder, live_inputs
 from pnfs.folding.writer import Feature, Writer
-from pnfs.kernels import native
+from pnfs.kernels import calls, native
 from pnfs.kernels.folded_network import OP, folded_network
 from pnfs.kernels.folded_program import NONE, RELU, Head
 from pnfs.model import PoseNet
@@ -62,9 +63,13 @@ class FoldedPoseNet(nn.Module):
         Raises:
             PnfsError: a size that is no multiple of 32, or another dtype.
         """
-        maps = [images] if self.backbone is None else list(self.backbone(images))
-        if self.rounded_products:  # a backbone under autocast gives such maps
-            maps = [x.to(self.weights.dtype) for x in maps]
+        if self.backbone is None:
+            return folded_network([images], self.weights, self.program)
+        # Autocast has a say where the products round, too; its maps are those of a lower precision.
+        device = images.device.type
+        refused = not self.rounded_products and calls.knows_autocast(device)
+        with torch.autocast(device, enabled=False) if refused else contextlib.nullcontext():
+            maps = [x.to(self.weights.dtype) for x in self.backbone(images)]
         return folded_network(maps, self.weights, self.program)
 
 
@@ -77,7 +82,8 @@ def fold(model: nn.Module, bfloat16: bool = False) -> FoldedPoseNet:
         model: a PoseNet, from `build_model` or `load_model`.
         bfloat16: round the operands of 1×1 and 3×3 convolutions to bfloat16, which processors with
             AMX or AVX512-BF16 multiply faster; sums and maps stay in float32. Depthwise
-            convolutions and a backbone outside the program are not touched.
+            convolutions are not touched; a backbone outside the program follows the caller's
+            autocast, and without `bfloat16` it runs in float32 under any.
 
     Raises:
         PnfsError: not a PoseNet, or one with partial channels.

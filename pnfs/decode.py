@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pnfs.config import EvalProfile, Precision
 from pnfs.data.batch import Batch
 from pnfs.errors import PnfsError
-from pnfs.kernels import decode_heatmaps
+from pnfs.kernels import calls, decode_heatmaps
 from pnfs.skeleton import Skeleton
 
 STRIDE = 4  # network-input pixels per score-map cell, for every model of the package
@@ -40,7 +40,7 @@ def cell_to_image(to_image: Tensor, profile: EvalProfile, stride: int = STRIDE) 
     """
     offset = 0.5 if profile == "posenfs" else 0.0
     cell_to_input = (stride, 0.0, offset), (0.0, stride, offset), (0.0, 0.0, 1.0)
-    return to_image.double() @ _constant(cell_to_input, torch.float64, to_image.device)
+    return to_image.double() @ _constant_of(cell_to_input, torch.float64, to_image.device)
 
 
 def decode(
@@ -76,9 +76,15 @@ def decode(
         heatmaps,
         matrices,
         flipped=flipped,
-        permutation=_constant(skeleton.flip_permutation, torch.int64, heatmaps.device),
+        permutation=_constant_of(skeleton.flip_permutation, torch.int64, heatmaps.device),
         shift=profile == "standard",
     )
+
+
+def _constant_of(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A mode's tensors, such as fake ones, must not outlive it.
+    make = _constant if calls.makes_plain_tensors() else _constant.__wrapped__
+    return make(values, dtype, device)
 
 
 @functools.cache

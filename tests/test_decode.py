@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from pnfs.decode import cell_to_image, decode
+from pnfs.decode import _constant, cell_to_image, decode
 from pnfs.errors import PnfsError
+from pnfs.kernels import use_backend
 from pnfs.skeleton import COCO, MPII
 
 
@@ -154,3 +156,25 @@ def test_no_people_decode_to_nothing() -> None:
 def test_maps_of_another_skeleton_are_refused_in_one_line() -> None:
     with pytest.raises(PnfsError, match=r"\(2, 16, 8, 6\).*'coco'.*\(N, 17, h, w\)"):
         decode(torch.zeros(2, 16, 8, 6), torch.zeros(2, 2, 3), skeleton=COCO)
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    """What a mode made must not be met again outside of it, nor the other way round."""
+    maps, to_image = torch.rand(2, 17, 8, 6), torch.eye(2, 3).double().expand(2, 2, 3)
+    _constant.cache_clear()
+
+    def shapes_under_a_mode() -> list[torch.Size]:
+        with FakeTensorMode() as mode:
+            fake = mode.from_tensor(maps)
+            results = decode(fake, mode.from_tensor(to_image), flipped=fake, skeleton=COCO)
+        assert all(isinstance(x, FakeTensor) for x in results)
+        return [x.shape for x in results]
+
+    shapes = shapes_under_a_mode()
+    first = decode(maps, to_image, flipped=maps, skeleton=COCO)
+    assert [x.shape for x in first] == shapes == shapes_under_a_mode()
+    with use_backend("torch"):
+        want = decode(maps, to_image, flipped=maps, skeleton=COCO)
+    for have, expected in zip(first, want, strict=True):
+        assert type(have) is torch.Tensor
+        torch.testing.assert_close(have, expected)

@@ -34,6 +34,13 @@ def unwatched(args: Sequence[Any]) -> bool:
     )
 
 
+def makes_plain_tensors() -> bool:
+    """Whether a new tensor is one to keep: no compiler or export, no mode or transform."""
+    if torch.compiler.is_compiling() or _C._get_tracing_state() is not None:
+        return False
+    return not (_C._len_torch_dispatch_stack() or _C._are_functorch_transforms_active())
+
+
 @torch.compiler.assume_constant_result  # older releases of torch.compile cannot trace the question
 def knows_autocast(device: str) -> bool:
     """Whether a device of this type has autocast; "meta" has none."""

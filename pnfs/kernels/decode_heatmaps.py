@@ -83,7 +83,8 @@ def _permutation_tensor(
     checks.check_tensor("permutation", permutation, (k,), torch.int64)
     # On a GPU the values stay unread: reading them would wait for the device. There the kernel
     # reads nothing for a wrong index.
-    if permutation.device.type == "cpu" and not torch.compiler.is_compiling():
+    readable = type(permutation) is Tensor and not torch.compiler.is_compiling()
+    if permutation.device.type == "cpu" and readable:
         _check_indices(permutation.tolist(), k)
     return permutation.contiguous()
 

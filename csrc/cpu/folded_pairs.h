@@ -101,6 +101,10 @@ struct Pairs {
 
 #if defined(__AMX_BF16__)
 
+// What was stored before is there for tile instructions, of which older compilers know only the
+// address that they read.
+PNFS_INLINE void in_memory() { __asm__ volatile("" ::: "memory"); }
+
 // The shape of this thread's tile registers while it lives: all of 16 rows of 64 bytes.
 class Tiles {
  public:
@@ -110,6 +114,7 @@ class Tiles {
       std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } shape;
+    in_memory();
     _tile_loadconfig(&shape);
   }
   Tiles(const Tiles&) = delete;
@@ -124,6 +129,7 @@ template <int kTiles>
 void tile_columns(const Pairs& pairs, const float* b, std::int64_t b_step, float* sums) {
   const BFloat16* a = pairs.a;
   const std::int64_t a_bytes = pairs.step * 2, b_bytes = b_step * 4, sum_bytes = kSumStep * 4;
+  in_memory();
   _tile_zero(0);
   if (kTiles > 1) _tile_zero(1);
   if (kTiles > 2) _tile_zero(2);

@@ -85,12 +85,15 @@ constexpr Named kNames[] = {
     {"portable", Isa::portable, Bf16Unit::none},
 };
 
-// The best that pays on this CPU, or what PNFS_ISA names.
-const Named& chosen() {
+// The best that pays on this CPU, or what PNFS_ISA names. Units for bfloat16 count only with
+// `for_bfloat16`: a process that multiplies none does not ask the kernel for tiles.
+const Named& chosen(bool for_bfloat16) {
   const char* wanted = std::getenv("PNFS_ISA");
   const bool any = wanted == nullptr || *wanted == '\0';
   for (const Named& named : kNames) {
-    if (!any && named.name != std::string(wanted)) continue;
+    if (any ? !for_bfloat16 && named.unit != Bf16Unit::none : named.name != std::string(wanted)) {
+      continue;
+    }
     if (has(named.isa) && has(named.unit) && (!any || pays(named.unit))) return named;
     if (!any) {
       throw std::runtime_error(std::string("this CPU has no ") + wanted + " (PNFS_ISA)");
@@ -102,9 +105,9 @@ const Named& chosen() {
 
 }  // namespace
 
-Isa chosen_isa() { return chosen().isa; }
+Isa chosen_isa() { return chosen(false).isa; }
 
-Bf16Unit chosen_bf16_unit() { return chosen().unit; }
+Bf16Unit chosen_bf16_unit() { return chosen(true).unit; }
 
 bool multiplies_bfloat16() { return chosen_bf16_unit() != Bf16Unit::none; }
 

@@ -336,6 +336,8 @@ def torch_op(
         setup_context, backward: both or neither, see `calls.differentiable`.
         cost: what a call really costs, for `pnfs.count_costs`; see `op_costs`.
     """
+    if (backward is None) != (setup_context is None):
+        raise ValueError(f"{name}: setup_context and backward belong together")
     schema = torch.library.infer_schema(like or fn, mutates_args=())
     _library.define(f"{name}{schema}", tags=(torch.Tag.needs_exact_strides,))
     for device in devices:

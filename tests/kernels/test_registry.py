@@ -183,6 +183,13 @@ def test_an_op_or_backend_is_registered_once(op: Op) -> None:
         op.register("cpp", double_reference, _can_run)
 
 
+@pytest.mark.parametrize("half", [{"setup_context": _save}, {"backward": _backward}])
+def test_half_of_a_gradient_is_refused_and_defines_nothing(half: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="setup_context and backward belong together"):
+        registry.torch_op("half", _cpp, double_reference, ["cpu"], **half)
+    assert not hasattr(torch.ops.pnfs, "half")
+
+
 def test_dispatch_costs_microseconds(op: Op) -> None:
     """A guard against something slow on the path: 1-2 µs on a free machine, bar far above."""
     import timeit

@@ -126,7 +126,9 @@ LAYOUTS = ("contiguous", "channels-last", "transposed", "gaps", "strided")
 
 @on_every_backend
 def test_any_shape_and_layout(backend: str, device: str) -> None:
-    examples, max_k = (20, 2) if is_interpreter(backend, device) else (150, 18)
+    max_k = 2 if is_interpreter(backend, device) else 18
+    # On a GPU most examples have the kernel compiled anew.
+    examples = 20 if backend == "triton" else 150
 
     @settings(max_examples=examples, deadline=None)
     @given(data=st.data())

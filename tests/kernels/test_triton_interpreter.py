@@ -8,30 +8,61 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from pnfs import kernels
 
+HERE = Path(__file__).resolve().parent
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> str:
-    """The output of pytest over this folder with TRITON_INTERPRET=1."""
-    here = Path(__file__).resolve().parent
+# Kernels loop over numbers that are known at run time.
+LOOP = """
+import torch
+import triton
+import triton.language as tl
+
+@triton.jit
+def kernel(out, steps):
+    total = 0
+    for _ in tl.range(steps):
+        total += 1
+    tl.store(out, total)
+
+kernel[(1,)](torch.zeros(1, dtype=torch.int32), 3)
+"""
+# What the interpreter of Triton 3.6 says of it under NumPy 2.4, which ended such conversions.
+REFUSED = "only 0-dimensional arrays can be converted to Python scalars"
+
+
+def interpret(*arguments: str | Path) -> str:
+    """The output of Python with these arguments and TRITON_INTERPRET=1."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist", here],
+        [sys.executable, *arguments],
         env={**environment, "TRITON_INTERPRET": "1"},
-        cwd=here.parents[1],
+        cwd=HERE.parents[1],
         capture_output=True,
         text=True,
     )
     return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The output of pytest over this folder; skips where the interpreter cannot run `LOOP`."""
+    loop = tmp_path_factory.mktemp("interpreter") / "loop.py"
+    loop.write_text(LOOP, encoding="utf-8")
+    if REFUSED in interpret(loop):
+        versions = " under ".join(f"{name} {version(name)}" for name in ("triton", "numpy"))
+        pytest.skip(f"the interpreter of {versions} runs no loop: {REFUSED}")
+    return interpret("-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist", HERE)
 
 
 OPS = [name for name, op in kernels.ops().items() if "triton" in op.backends]

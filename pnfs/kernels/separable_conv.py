@@ -362,18 +362,20 @@ def _cost_triton(args: Sequence[Any], outputs: Any) -> OpCost:
 
 
 def _cost_triton_backward(args: Sequence[Any], outputs: Any) -> OpCost:
-    """Two launches, the second to add up what the first has written for it. Between them, with a
-    depthwise convolution, one that reads x again, and the float32 gradient that the first has
-    written."""
+    """Two launches, the second to add up what the first has written for it. Before them, with a
+    depthwise convolution, one that writes its result and the float32 gradient of that, and reads
+    x and the gradient of the whole y for themselves."""
     from pnfs.kernels.triton.separable_conv import partial_elements_backward
 
     x, pointwise, depthwise, mean, var = args[:5]
-    gamma, beta, _, has_bias = args[7:11]
+    gamma, beta, _, has_bias, gy, y = args[7:13]
     sums = pointwise, depthwise, (mean, var, gamma, beta), has_bias
     scratch = 2 * 4 * partial_elements_backward(x, *sums)
     if depthwise is None:
         return OpCost(2, scratch=scratch)
-    return OpCost(3, scratch=scratch + x.numel() * (x.element_size() + 2 * 4))
+    maps_read = gy.numel() * (1 if y is None else 2)
+    scratch += x.element_size() * (3 * x.numel() + maps_read) + 2 * 4 * x.numel()
+    return OpCost(3, scratch=scratch)
 
 
 OP = register_op("separable_conv", separable_conv_reference)

@@ -145,7 +145,10 @@ def spilling(usages: list[aot.Usage]) -> list[aot.Usage]:
 def check(usages: list[aot.Usage]) -> None:
     print("\n" + aot.table(usages))
     assert not spilling(usages)
-    assert all(usage.registers > 0 and usage.occupancy >= 0.25 for usage in usages)
+    assert all(usage.registers > 0 for usage in usages)
+    # Eight warps that have many bytes on their way each are enough where matrices are multiplied.
+    least = {"gradients_kernel": 0.12, "separable_conv_kernel": 0.12}
+    assert all(usage.occupancy >= least.get(usage.kernel, 0.25) for usage in usages)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,29 +16,27 @@ from pnfs.kernels import native
 from pnfs.kernels.triton import OPTIONS
 from pnfs.kernels.triton.maps import launch_merge_statistics, new_partials
 from pnfs.kernels.triton.separable_kernels import (
-    product_gradient_kernel,
+    factors_kernel,
+    gradients_kernel,
     separable_conv_kernel,
-    stencil_gradient_kernel,
     sum_kernel,
 )
 from pnfs.kernels.triton.tuning import Config, Tunable
 
 NUM_WARPS_SUM = 4
-PIXELS = 16  # of a program of the forward pass, of a step of the backward's
-STEP_CHANNELS = {4: 32, 2: 64}  # by bytes of one: that the forward pass reads of a pixel at a time
-MAX_OUTPUTS = 64  # of a program of the forward pass
-GRADIENT_CHANNELS = 64  # of a program of the backward pass, and bytes of its outputs' factors
-GRADIENT_BYTES = 128
-STENCIL_CHANNELS = 32
-PROGRAMS = 256  # of a kernel that leaves sums, roughly: more of them would move more sums
+FORWARD_PIXELS = 64  # of a program of the forward pass
+STEP_CHANNELS = 32  # that it reads of a pixel at a time
+MAX_OUTPUTS = 128
+PRODUCT_PIXELS = 64  # of a step of the backward pass, where it multiplies matrices
+PRODUCT_CHANNELS, PRODUCT_OUTPUTS = 64, 64
+STENCIL_PIXELS, STENCIL_CHANNELS = 32, 32  # the same, where it has neighbours
+SHARE_PIXELS = 128  # of a program that leaves no sums; of others a multiple
+PROGRAMS = 576  # that leave sums, roughly: more of them would move more sums
 SUM_TILE = {"ROWS": 16, "COLS": 64}
 
-# With more pixels in a program registers spill; and both kernels of the backward pass must have
-# the same, as they share the rows of sums.
-WARPS = (Config(8), Config(4))
-FORWARD = Tunable(separable_conv_kernel, *WARPS)
-PRODUCT = Tunable(product_gradient_kernel, *WARPS)
-STENCIL = Tunable(stencil_gradient_kernel, *WARPS)
+FORWARD = Tunable(separable_conv_kernel, Config(8), Config(4, 0.5), Config(4), Config(8, 0.5))
+FACTORS = Tunable(factors_kernel, Config(8), Config(4), Config(4, 0.5), Config(8, 0.5))
+GRADIENTS = Tunable(gradients_kernel, Config(8), Config(4), Config(4, 0.5), Config(8, 0.5))
 
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # mean, var, gamma and beta, or None for each that there is not.
@@ -57,24 +56,41 @@ def _side(length: int, limit: int) -> int:
     return max(16, min(limit, triton.next_power_of_2(length)))
 
 
-def _forward_tile(c: int, o: int, item: int) -> dict[str, int]:
-    sides = {"BLOCK_C": _side(c, STEP_CHANNELS[item]), "BLOCK_O": _side(o, MAX_OUTPUTS)}
-    return {"BLOCK_M": PIXELS, **sides}
+def _units(c: int, o: int) -> dict[str, int]:
+    return {"C_UNIT": math.gcd(c, 16), "O_UNIT": math.gcd(o, 16)}
 
 
-def _gradient_tile(c: int, o: int, item: int) -> dict[str, int]:
-    outputs = _side(o, GRADIENT_BYTES // item)
-    return {"BLOCK_M": PIXELS, "BLOCK_C": _side(c, GRADIENT_CHANNELS), "BLOCK_O": outputs}
+def _rows(pixels: int, scale: float, c: int, o: int) -> int:
+    """Of a tile. Where channels are loaded one by one, each address takes registers."""
+    vectors = c % 4 == 0 and o % 4 == 0
+    return max(16, int(pixels * scale)) if vectors else 16
 
 
-def _shares(x: Tensor, o: int) -> tuple[int, int, int]:
-    """Blocks of channels times outputs, shares of the pixels, and steps of a share."""
+def _forward_tile(c: int, o: int, scale: float = 1.0) -> dict[str, int]:
+    sides = {"BLOCK_C": _side(c, STEP_CHANNELS), "BLOCK_O": _side(o, MAX_OUTPUTS)}
+    return {"BLOCK_M": _rows(FORWARD_PIXELS, scale, c, o), **sides, **_units(c, o)}
+
+
+def _backward_tile(c: int, o: int, scale: float = 1.0) -> dict[str, int]:
+    return {
+        "BLOCK_M": _rows(PRODUCT_PIXELS, scale, c, o),
+        "BLOCK_C": _side(c, PRODUCT_CHANNELS),
+        "BLOCK_O": _side(o, PRODUCT_OUTPUTS),
+        "STENCIL_M": _rows(STENCIL_PIXELS, scale, c, c),
+        "STENCIL_C": _side(c, STENCIL_CHANNELS),
+        **_units(c, o),
+    }
+
+
+def _shares(x: Tensor, o: int) -> tuple[int, int]:
+    """How many programs share the pixels of a part in the backward pass, and pixels of each; by
+    shapes alone, as the order of the sums depends on them."""
     p, n, c, h, w = x.shape
-    tile = _gradient_tile(c, o, x.element_size())
+    tile = _backward_tile(c, o)
     tiles = triton.cdiv(c, tile["BLOCK_C"]) * triton.cdiv(o, tile["BLOCK_O"])
-    blocks = triton.cdiv(n * h * w, PIXELS)
-    steps = triton.cdiv(blocks, triton.cdiv(PROGRAMS, p * tiles))
-    return tiles, triton.cdiv(blocks, steps), steps
+    units = triton.cdiv(n * h * w, SHARE_PIXELS)
+    of_share = triton.cdiv(units, triton.cdiv(PROGRAMS, p * tiles))
+    return triton.cdiv(units, of_share), of_share * SHARE_PIXELS
 
 
 def _widths(
@@ -89,14 +105,14 @@ def _widths(
 def partial_elements(x: Tensor, pointwise: Tensor) -> int:
     """Numbers that pass from the first launch of the forward pass to the second."""
     p, n, _, h, w = x.shape
-    return 2 * p * pointwise.shape[1] * triton.cdiv(n * h * w, PIXELS)
+    return 2 * p * pointwise.shape[1] * triton.cdiv(n * h * w, FORWARD_PIXELS)
 
 
 def partial_elements_backward(
     x: Tensor, pointwise: Tensor, depthwise: Tensor | None, norm: Norm, has_bias: bool
 ) -> int:
     """Numbers that pass to the last launch of the backward pass."""
-    splits = _shares(x, pointwise.shape[1])[1]
+    splits, _ = _shares(x, pointwise.shape[1])
     return len(x) * splits * sum(_widths(pointwise, depthwise, norm, has_bias))
 
 
@@ -121,22 +137,22 @@ def launch(
     kind = {"NORMALISED": norm[0] is not None, "ACTIVATION": activation, "STATS": stats}
     kind |= _factors(x.dtype)
 
-    tile = _forward_tile(c, o, x.element_size())
-    blocks = triton.cdiv(pixels, PIXELS)
-    partials = new_partials((p, blocks, 2, o), x) if stats else mean_y
-
-    def run(config: Config) -> None:
+    def run(config: Config) -> tuple[Tensor, int]:
+        tile = _forward_tile(c, o, config.scale)
+        blocks = triton.cdiv(pixels, tile["BLOCK_M"])
+        partials = new_partials((p, blocks, 2, o), x) if stats else mean_y
         separable_conv_kernel[(blocks, triton.cdiv(o, tile["BLOCK_O"]), p)](
             x, pointwise, depthwise, bias, tuple(norm), y, partials,
             x.stride(0), c, o, pixels, h, w, dilation, eps,
             **kind, **tile, num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
+        return partials, tile["BLOCK_M"]
 
     with torch.cuda.device_of(x):
         exact = (p, c, o, h, w, dilation, depthwise is not None, *kind.values())
-        FORWARD.launch(run, x, n, *exact)
+        partials, of_block = FORWARD.launch(run, x, n, *exact)
         if stats:
-            launch_merge_statistics(partials, mean_y, var_y, pixels, PIXELS, bias)
+            launch_merge_statistics(partials, mean_y, var_y, pixels, of_block, bias)
 
 
 def launch_backward(
@@ -159,38 +175,43 @@ def launch_backward(
     gx, g_pointwise, g_depthwise, g_bias, *g_norm = gradients
     p, n, c, h, w = x.shape
     o, pixels = pointwise.shape[1], n * h * w
-    tile = _gradient_tile(c, o, x.element_size())
-    tiles, splits, steps = _shares(x, o)
+    splits, share = _shares(x, o)
     widths = _widths(pointwise, depthwise, norm, has_bias)
     count = sum(widths)
     partials = new_partials((p, splits, count), x)
-    gt = gx if depthwise is None else torch.empty_like(gx, dtype=torch.float32)
+    norm, of_stats = tuple(norm), tuple(of_stats)
+    stats = of_stats[0] is not None
     kind: dict[str, Any] = {"NORMALISED": norm[0] is not None, "ACTIVATION": activation}
-    norm = tuple(norm)
-    of_product = {**kind, "STATS": of_stats[0] is not None, "BIAS": has_bias, **_factors(x.dtype)}
+    kind |= {"STATS": stats, **_factors(x.dtype)}
+    t = gt = None
+    if depthwise is not None:
+        t, gt = torch.empty_like(gx), torch.empty_like(gx, dtype=torch.float32)
 
-    def product(config: Config) -> None:
-        product_gradient_kernel[(tiles, splits, p)](
-            x, pointwise, depthwise, norm, gy, tuple(of_stats), gt,
-            more if depthwise is None else None, partials,
-            x.stride(0), c, o, pixels, h, w, dilation, eps,
-            triton.cdiv(c, tile["BLOCK_C"]), steps, count,
-            **of_product, **tile, num_warps=config.num_warps, **OPTIONS,
+    def factors(config: Config) -> None:
+        tile = _backward_tile(c, o, config.scale)
+        blocks = triton.cdiv(c, tile["STENCIL_C"]) + triton.cdiv(c, tile["BLOCK_C"])
+        factors_kernel[(blocks, triton.cdiv(pixels, SHARE_PIXELS), p)](
+            x, pointwise, depthwise, norm, gy, of_stats, t, gt,
+            x.stride(0), c, o, pixels, h, w, dilation, eps, SHARE_PIXELS,
+            **kind, **tile, num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
 
-    def stencil(config: Config) -> None:
-        block = _side(c, STENCIL_CHANNELS)
-        stencil_gradient_kernel[(triton.cdiv(c, block), splits, p)](
-            x, depthwise, norm, gt, more, gx, partials,
-            x.stride(0), c, pixels, h, w, dilation, eps, steps, count, widths[0] + widths[1],
-            **kind, BLOCK_M=PIXELS, BLOCK_C=block, num_warps=config.num_warps, **OPTIONS,
+    def all_gradients(config: Config) -> None:
+        tile = _backward_tile(c, o, config.scale)
+        of_rest = tile["BLOCK_C"] if depthwise is None else tile["STENCIL_C"]
+        of_weights = triton.cdiv(c, tile["BLOCK_C"]) * triton.cdiv(o, tile["BLOCK_O"])
+        gradients_kernel[(of_weights + triton.cdiv(c, of_rest), splits, p)](
+            x, pointwise, depthwise, norm, gy, of_stats, t, gt, more, gx, partials,
+            x.stride(0), c, o, pixels, h, w, dilation, eps, share, count, widths[0] + widths[1],
+            **kind, BIAS=has_bias, **tile, num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
 
-    exact = (p, c, h, w, dilation, more is not None)
+    exact = (p, c, o, h, w, dilation, *kind.values())
     with torch.cuda.device_of(x):
-        PRODUCT.launch(product, x, n, *exact, o, depthwise is not None, *of_product.values())
         if depthwise is not None:
-            STENCIL.launch(stencil, x, n, *exact, *kind.values())
+            FACTORS.launch(factors, x, n, *exact)
+        has = (depthwise is not None, has_bias, more is not None)
+        GRADIENTS.launch(all_gradients, x, n, *exact, *has)
         sum_kernel[(triton.cdiv(count, SUM_TILE["COLS"]), p)](
             partials, (g_pointwise, g_bias, *g_norm, g_depthwise), widths, splits, count,
             **SUM_TILE, num_warps=NUM_WARPS_SUM, **OPTIONS,

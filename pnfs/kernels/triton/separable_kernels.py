@@ -8,11 +8,15 @@ channels it reads the nine neighbours of x, eight of them from cache, and multip
 which stay in the L2 cache. With statistics it leaves mean and squared deviation of its block for a
 second launch: those before the bias, which may be far above the deviation and would cost it digits.
 
-Backward. `product_gradient_kernel` walks over a share of the pixels with a block of the weights'
-gradient in registers, recomputes t, and writes t's gradient; that leads to x's where there is no
-depthwise convolution. Otherwise `stencil_gradient_kernel` reads t's gradient and x once each, and
-writes x's. t's gradient is float32, so that x's is rounded once. Both leave their sums in one row
-of `partials` per share, which a last launch adds up in a fixed order.
+Backward, with a depthwise convolution, in two launches whose programs share two tasks each.
+`factors_kernel` recomputes t, and takes t's gradient from y's: both are written, t's gradient in
+float32, so that x's is rounded once. `gradients_kernel` then walks over a share of the pixels,
+with a block of pointwise's gradient in registers, or for some channels of x's gradient with the
+sums for the small tensors. Recomputing t where it is multiplied would spare its way through
+memory; but nine neighbours and a matrix product together need so many registers that too few
+programs are at work. Without depthwise t is the normalised x, its gradient leads to x's at once,
+and `gradients_kernel` has it all. Programs leave their sums in one row of `partials` per share,
+which a last launch adds up in a fixed order.
 
 Products of float32 maps are three of TF32 each ("tf32x3"), as good as float32; one where
 torch.backends.cuda.matmul.fp32_precision is "tf32". Factors of half types are rounded to the map's
@@ -22,6 +26,7 @@ Arguments that several kernels take:
     norm: mean, var, gamma, beta, (P, C) each or None.
     ACTIVATION: an index into `ACTIVATIONS`, of the normalised x.
     FACTOR, PRECISION: what is multiplied, and how.
+    C_UNIT, O_UNIT: divide channels and outputs; so many are loaded at once.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from pnfs.kernels.triton.batch_norm_act import activated, behind
 from pnfs.kernels.triton.maps import load_float, store_as, store_statistics
 
 # Arguments that follow the batch; see `pnfs.kernels.triton.maps`.
-UNSPECIALISED = ("pixels", "steps", "rows", "dilation")
+UNSPECIALISED = ("pixels", "share", "rows", "dilation")
 
 
 @triton.jit
@@ -74,12 +79,13 @@ def load_z(at, mask, values, NORMALISED: tl.constexpr, ACTIVATION: tl.constexpr)
 @triton.jit
 def load_t(
     part, depthwise, first, row, column, inside, places, at, c_mask, channels, h, w, dilation,
-    values, NORMALISED: tl.constexpr, ACTIVATION: tl.constexpr,
+    values, NORMALISED: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of t; `at` is the channels' place in (P, C)."""
+    """A tile of t; `at` is the channels' place in (P, C). ROWS of its neighbours, 1 or 3, are read
+    at once: three keep the memory busier, and take more registers."""
     if depthwise is not None:
         t = tl.zeros(places.shape, tl.float32)
-        for i in range(3):  # three rows one after the other: fewer registers than nine taps at once
+        for i in tl.range(3, loop_unroll_factor=ROWS):
             dy = (i - 1) * dilation
             in_rows = inside & (row + dy >= 0) & (row + dy < h)
             for j in tl.static_range(3):
@@ -111,8 +117,11 @@ def separable_conv_kernel(
     NORMALISED: tl.constexpr, ACTIVATION: tl.constexpr, STATS: tl.constexpr,
     FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+    C_UNIT: tl.constexpr, O_UNIT: tl.constexpr,
 ):  # fmt: skip
     """y, and with STATS partials (P, blocks of pixels, 2, O), of y without its bias."""
+    channels = channels // C_UNIT * C_UNIT  # says that it is a multiple
+    outputs = outputs // O_UNIT * O_UNIT
     block = tl.program_id(0)
     p = tl.program_id(2)
     first = block * BLOCK_M
@@ -130,7 +139,7 @@ def separable_conv_kernel(
         places = tl.arange(0, BLOCK_M)[:, None] * channels + c[None, :]
         t = load_t(
             part, depthwise, first, row, column, inside, places, at, c_mask, channels, h, w,
-            dilation, values, NORMALISED, ACTIVATION,
+            dilation, values, NORMALISED, ACTIVATION, 1,
         )  # fmt: skip
         both = c_mask[:, None] & o_mask[None, :]
         weights = load_weights(pointwise, p, o[None, :], c[:, None], outputs, channels, both)
@@ -204,100 +213,125 @@ def store_x_gradient(
     return sums
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def product_gradient_kernel(
-    x, pointwise, depthwise, norm, gy, of_stats, gt, more, partials,
-    x_part, channels, outputs, pixels, h, w, dilation, eps, c_blocks, steps, sums_count,
+@triton.jit
+def write_t(
+    x, depthwise, norm, t, p, c_block, begin, steps, x_part, channels, pixels, h, w, dilation, eps,
+    NORMALISED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Some channels of t, for the pixels from `begin` on."""
+    c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < channels
+    at = p * channels + c
+    values = load_norm(norm, at, c_mask, eps)
+    part = x + p.to(tl.int64) * x_part
+    own = t + p.to(tl.int64) * pixels * channels
+    places = tl.arange(0, BLOCK_M)[:, None] * channels + c[None, :]
+    for step in tl.range(0, steps, num_stages=1, disable_licm=True):
+        first = begin + step * BLOCK_M
+        m = first + tl.arange(0, BLOCK_M)
+        row, column, inside = m // w % h, m % w, m < pixels
+        value = load_t(
+            part, depthwise, first, row, column, inside, places, at, c_mask, channels, h, w,
+            dilation, values, NORMALISED, ACTIVATION, 3,
+        )  # fmt: skip
+        mask = inside[:, None] & c_mask[None, :]
+        store_as(own + tile_from(first, places, channels), value, mask)
+
+
+@triton.jit
+def weights_gradient(
+    factors, norm, gy, of_stats, to, p, c_block, o_block, begin, steps,
+    part, channels, outputs, pixels, eps,
     NORMALISED: tl.constexpr, ACTIVATION: tl.constexpr, STATS: tl.constexpr, BIAS: tl.constexpr,
     FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """gt (P, pixels, C), which is x's gradient without depthwise, and the sums for pointwise
-    (O, C), bias (O) and, without depthwise, `norm`.
-
-    of_stats: y, mean_y and the gradients of mean_y and var_y. more: is added to x's gradient.
-    """
-    split = tl.program_id(1)
-    p = tl.program_id(2)
-    c_block = tl.program_id(0) % c_blocks
-    o_block = tl.program_id(0) // c_blocks
+    """A block of the gradient of pointwise (O, C), from the pixels `begin` on, and behind it that
+    of bias (O). factors: what pointwise was multiplied by, t or, to be normalised, x; its parts
+    are `part` elements apart."""
     c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)
     o = o_block * BLOCK_O + tl.arange(0, BLOCK_O)
+    c_mask, o_mask = c < channels, o < outputs
+    values = load_norm(norm, p * channels + c, c_mask, eps)
+    source = factors + p.to(tl.int64) * part
+    places = tl.arange(0, BLOCK_M)[:, None] * channels + c[None, :]
+    of_bias = tl.zeros((BLOCK_O,), tl.float32)
+    total = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+    for step in tl.range(0, steps, num_stages=1, disable_licm=True):
+        first = begin + step * BLOCK_M
+        inside = first + tl.arange(0, BLOCK_M) < pixels
+        mask = inside[:, None] & c_mask[None, :]
+        at = source + tile_from(first, places, channels)
+        t = load_z(at, mask, values, NORMALISED, ACTIVATION)
+        g = load_y_gradient(
+            gy, of_stats, p, first, o, outputs, pixels, inside, o_mask, STATS, BLOCK_M
+        )
+        total = tl.dot(tl.trans(g.to(FACTOR)), t.to(FACTOR), total, input_precision=PRECISION)
+        if BIAS:
+            of_bias += tl.sum(g, axis=0)
+    weights_at = to + o.to(tl.int64)[:, None] * channels + c[None, :]
+    tl.store(weights_at, total, mask=o_mask[:, None] & c_mask[None, :])
+    if BIAS:  # noqa: SIM102  (one is known when compiling)
+        if c_block == 0:
+            tl.store(to + outputs * channels + o, of_bias, mask=o_mask)
+
+
+@triton.jit
+def factors_gradient(
+    x, pointwise, norm, gy, of_stats, gt, more, to, p, c_block, begin, steps,
+    x_part, channels, outputs, pixels, eps,
+    NORMALISED: tl.constexpr, ACTIVATION: tl.constexpr, STATS: tl.constexpr, WHOLE: tl.constexpr,
+    FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """Some channels of gt, the gradient of what pointwise was multiplied by, for the pixels from
+    `begin` on. WHOLE: that was x, normalised: gt is x's, and the sums for `norm` go `to`."""
+    c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
-    o_mask = o < outputs
-    at = p * channels + c
-    values = load_norm(norm, at, c_mask, eps)
+    values = load_norm(norm, p * channels + c, c_mask, eps)
     part = x + p.to(tl.int64) * x_part
     own = p.to(tl.int64) * pixels * channels
     places = tl.arange(0, BLOCK_M)[:, None] * channels + c[None, :]
     sums = (tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32))
-    of_bias = tl.zeros((BLOCK_O,), tl.float32)
-    total = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     for step in tl.range(0, steps, num_stages=1, disable_licm=True):
-        first = (split * steps + step) * BLOCK_M
-        m = first + tl.arange(0, BLOCK_M)
-        row, column, inside = m // w % h, m % w, m < pixels
-        g = load_y_gradient(
-            gy, of_stats, p, first, o, outputs, pixels, inside, o_mask, STATS, BLOCK_M
-        )
-        t = load_t(
-            part, depthwise, first, row, column, inside, places, at, c_mask, channels, h, w,
-            dilation, values, NORMALISED, ACTIVATION,
-        )  # fmt: skip
-        total = tl.dot(tl.trans(g.to(FACTOR)), t.to(FACTOR), total, input_precision=PRECISION)
-        if BIAS:
-            of_bias += tl.sum(g, axis=0)
-        if o_block == 0:  # the others have the weights' gradient alone
-            gradient = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-            for o_first in tl.range(0, outputs, BLOCK_O, num_stages=1, disable_licm=True):
-                every = o_first + tl.arange(0, BLOCK_O)
-                every_mask = every < outputs
-                g = load_y_gradient(
-                    gy, of_stats, p, first, every, outputs, pixels, inside, every_mask, STATS,
-                    BLOCK_M,
-                )  # fmt: skip
-                both = every_mask[:, None] & c_mask[None, :]
-                weights = load_weights(
-                    pointwise, p, every[:, None], c[None, :], outputs, channels, both
-                )
-                gradient = tl.dot(
-                    g.to(FACTOR), weights.to(FACTOR), gradient, input_precision=PRECISION
-                )
-            mask = inside[:, None] & c_mask[None, :]
-            to = tile_from(first, places, channels)
-            if depthwise is not None:
-                store_as(gt + own + to, gradient, mask)
-            else:
-                raw = gradient
-                if NORMALISED:
-                    raw = load_float(part + to, mask)
-                sums = store_x_gradient(
-                    gt, more, own + to, mask, gradient, raw, values, sums, NORMALISED, ACTIVATION
-                )
-    to = partials + (p.to(tl.int64) * tl.num_programs(1) + split) * sums_count
-    weights_at = to + o.to(tl.int64)[:, None] * channels + c[None, :]
-    tl.store(weights_at, total, mask=o_mask[:, None] & c_mask[None, :])
-    to += outputs * channels
-    if BIAS:
-        if c_block == 0:
-            tl.store(to + o, of_bias, mask=o_mask)
-        to += outputs
-    if depthwise is None:  # noqa: SIM102  (one is known when compiling)
-        if o_block == 0:
-            store_norm_sums(to, norm, sums[0], sums[1], values, c, channels, c_mask)
+        first = begin + step * BLOCK_M
+        inside = first + tl.arange(0, BLOCK_M) < pixels
+        gradient = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        for o_first in tl.range(0, outputs, BLOCK_O, num_stages=1, disable_licm=True):
+            o = o_first + tl.arange(0, BLOCK_O)
+            o_mask = o < outputs
+            g = load_y_gradient(
+                gy, of_stats, p, first, o, outputs, pixels, inside, o_mask, STATS, BLOCK_M
+            )
+            both = o_mask[:, None] & c_mask[None, :]
+            weights = load_weights(pointwise, p, o[:, None], c[None, :], outputs, channels, both)
+            gradient = tl.dot(g.to(FACTOR), weights.to(FACTOR), gradient, input_precision=PRECISION)
+        mask = inside[:, None] & c_mask[None, :]
+        at = tile_from(first, places, channels)
+        if WHOLE:
+            raw = gradient
+            if NORMALISED:
+                raw = load_float(part + at, mask)
+            sums = store_x_gradient(
+                gt, more, own + at, mask, gradient, raw, values, sums, NORMALISED, ACTIVATION
+            )
+        else:
+            store_as(gt + own + at, gradient, mask)
+    if WHOLE:
+        store_norm_sums(to, norm, sums[0], sums[1], values, c, channels, c_mask)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def stencil_gradient_kernel(
-    x, depthwise, norm, gt, more, gx, partials,
-    x_part, channels, pixels, h, w, dilation, eps, steps, sums_count, sums_first,
+@triton.jit
+def stencil_gradient(
+    x, depthwise, norm, gt, more, gx, to, p, c_block, begin, steps,
+    x_part, channels, pixels, h, w, dilation, eps,
     NORMALISED: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """gx, and the sums for `norm` and depthwise (C, 9), from `sums_first` of a row on."""
-    split = tl.program_id(1)
-    p = tl.program_id(2)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Some channels of gx, for the pixels from `begin` on, and the sums for `norm` and depthwise
+    (C, 9)."""
+    c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
     at = p * channels + c
     values = load_norm(norm, at, c_mask, eps)
@@ -308,12 +342,12 @@ def stencil_gradient_kernel(
     zero = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     taps = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
     for step in tl.range(0, steps, num_stages=1, disable_licm=True):
-        first = (split * steps + step) * BLOCK_M
+        first = begin + step * BLOCK_M
         m = first + tl.arange(0, BLOCK_M)
         row, column, inside = m // w % h, m % w, m < pixels
         mask = inside[:, None] & c_mask[None, :]
-        to = tile_from(first, places, channels)
-        z = load_z(part + to, mask, values, NORMALISED, ACTIVATION)
+        here = tile_from(first, places, channels)
+        z = load_z(part + here, mask, values, NORMALISED, ACTIVATION)
         gradient = zero
         added = ()
         for tap in tl.static_range(9):
@@ -330,14 +364,99 @@ def stencil_gradient_kernel(
         taps = added
         raw = z
         if NORMALISED:
-            raw = load_float(part + to, mask)
+            raw = load_float(part + here, mask)
         sums = store_x_gradient(
-            gx, more, own + to, mask, gradient, raw, values, sums, NORMALISED, ACTIVATION
+            gx, more, own + here, mask, gradient, raw, values, sums, NORMALISED, ACTIVATION
         )
-    to = partials + (p.to(tl.int64) * tl.num_programs(1) + split) * sums_count + sums_first
     to = store_norm_sums(to, norm, sums[0], sums[1], values, c, channels, c_mask)
     for tap in tl.static_range(9):
         tl.store(to + c * 9 + tap, tl.sum(taps[tap], axis=0), mask=c_mask)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def factors_kernel(
+    x, pointwise, depthwise, norm, gy, of_stats, t, gt,
+    x_part, channels, outputs, pixels, h, w, dilation, eps, share,
+    NORMALISED: tl.constexpr, ACTIVATION: tl.constexpr, STATS: tl.constexpr,
+    FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+    STENCIL_M: tl.constexpr, STENCIL_C: tl.constexpr,
+    C_UNIT: tl.constexpr, O_UNIT: tl.constexpr,
+):  # fmt: skip
+    """t and gt, (P, pixels, C), some programs the one, some the other."""
+    channels = channels // C_UNIT * C_UNIT  # says that it is a multiple
+    outputs = outputs // O_UNIT * O_UNIT
+    p = tl.program_id(2)
+    begin = tl.program_id(1) * share
+    of_t = tl.cdiv(channels, STENCIL_C)
+    block = tl.program_id(0)
+    if block < of_t:
+        write_t(
+            x, depthwise, norm, t, p, block, begin, share // STENCIL_M,
+            x_part, channels, pixels, h, w, dilation, eps,
+            NORMALISED, ACTIVATION, STENCIL_M, STENCIL_C,
+        )  # fmt: skip
+    else:
+        none = (None, None, None, None)
+        factors_gradient(
+            x, pointwise, none, gy, of_stats, gt, None, gt, p, block - of_t, begin,
+            share // BLOCK_M, x_part, channels, outputs, pixels, eps,
+            False, 0, STATS, False, FACTOR, PRECISION, BLOCK_M, BLOCK_C, BLOCK_O,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def gradients_kernel(
+    x, pointwise, depthwise, norm, gy, of_stats, t, gt, more, gx, partials,
+    x_part, channels, outputs, pixels, h, w, dilation, eps, share, sums_count, sums_first,
+    NORMALISED: tl.constexpr, ACTIVATION: tl.constexpr, STATS: tl.constexpr, BIAS: tl.constexpr,
+    FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+    STENCIL_M: tl.constexpr, STENCIL_C: tl.constexpr,
+    C_UNIT: tl.constexpr, O_UNIT: tl.constexpr,
+):  # fmt: skip
+    """gx, and rows of sums for all that is small: pointwise (O, C), bias (O), from `sums_first` on
+    `norm` and depthwise (C, 9); some programs those of pointwise and bias, some the rest.
+
+    of_stats: y, mean_y and the gradients of mean_y and var_y. t, gt: of `factors_kernel`, with
+    depthwise. more: is added to x's gradient.
+    """
+    channels = channels // C_UNIT * C_UNIT  # says that it is a multiple
+    outputs = outputs // O_UNIT * O_UNIT
+    split, p = tl.program_id(1), tl.program_id(2)
+    begin = split * share
+    to = partials + (p.to(tl.int64) * tl.num_programs(1) + split) * sums_count
+    c_blocks = tl.cdiv(channels, BLOCK_C)
+    of_weights = c_blocks * tl.cdiv(outputs, BLOCK_O)
+    block = tl.program_id(0)
+    none = (None, None, None, None)
+    if block < of_weights:
+        if depthwise is None:
+            weights_gradient(
+                x, norm, gy, of_stats, to, p, block % c_blocks, block // c_blocks, begin,
+                share // BLOCK_M, x_part, channels, outputs, pixels, eps,
+                NORMALISED, ACTIVATION, STATS, BIAS, FACTOR, PRECISION, BLOCK_M, BLOCK_C, BLOCK_O,
+            )  # fmt: skip
+        else:
+            weights_gradient(
+                t, none, gy, of_stats, to, p, block % c_blocks, block // c_blocks, begin,
+                share // BLOCK_M, pixels * channels, channels, outputs, pixels, eps,
+                False, 0, STATS, BIAS, FACTOR, PRECISION, BLOCK_M, BLOCK_C, BLOCK_O,
+            )  # fmt: skip
+    else:
+        if depthwise is None:
+            factors_gradient(
+                x, pointwise, norm, gy, of_stats, gx, more, to + sums_first, p,
+                block - of_weights, begin, share // BLOCK_M,
+                x_part, channels, outputs, pixels, eps,
+                NORMALISED, ACTIVATION, STATS, True, FACTOR, PRECISION, BLOCK_M, BLOCK_C, BLOCK_O,
+            )  # fmt: skip
+        else:
+            stencil_gradient(
+                x, depthwise, norm, gt, more, gx, to + sums_first, p, block - of_weights, begin,
+                share // STENCIL_M, x_part, channels, pixels, h, w, dilation, eps,
+                NORMALISED, ACTIVATION, STENCIL_M, STENCIL_C,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -68,11 +68,13 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--size", type=int, nargs=2, default=[256, 192], help="height, width")
     parser.add_argument("--out", type=Path, help="write it there too")
+    parser.add_argument("--tuned", type=Path, help="kernels.json, with the choices of kernels")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with small shapes")
     options = parser.parse_args()
     device = torch.device("cpu" if options.dry_run else "cuda")
     batches, size = ([2], (64, 64)) if options.dry_run else (options.batch, tuple(options.size))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(whole_models.tuned_as_in(options.tuned))
         files = [sys.stdout]
         if options.out:
             files.append(stack.enter_context(open(options.out, "w", encoding="utf-8")))

@@ -37,6 +37,7 @@ from pnfs.config import Config
 from pnfs.data import Batch
 from pnfs.folding import for_evaluation
 from pnfs.head import pose_loss, render_targets
+from pnfs.kernels.triton import tuning
 from pnfs.search import build_strategy
 from pnfs.steps import PRECISIONS, Stepper
 
@@ -70,12 +71,11 @@ def cases(dry: bool, compiled: bool) -> Iterator[Case]:
         for precision, training in itertools.product(("bf16", "fp32"), (True, False)):
             yield Case("ours-1", (256, 192), 128, precision, training)
         return
-    for batch in (24, 128, 512):
+    for of_training, of_evaluation in ((24, 1), (128, 24), (512, 128)):
         for precision in ("fp32", "tf32", "bf16"):
-            yield Case("ours-1", (256, 192), batch, precision, True)
-    for batch in (1, 24, 128, 512):
+            yield Case("ours-1", (256, 192), of_training, precision, True)
         for precision in ("fp32", "bf16"):
-            yield Case("ours-1", (256, 192), batch, precision, False)
+            yield Case("ours-1", (256, 192), of_evaluation, precision, False)
     for preset, size in (("ours-1", sizes["ours-1"][1]), ("ours-3", sizes["ours-3"][0])):
         for training, precision in itertools.product((True, False), ("fp32", "bf16")):
             yield Case(preset, size, 24 if training else 1, precision, training)
@@ -279,6 +279,11 @@ def measure(case: Case, device: torch.device, compiled: bool) -> dict[str, Any]:
     }
 
 
+def tuned_as_in(path: Path | None) -> Any:
+    """A context in which Triton kernels run as a file has chosen; nothing is measured."""
+    return nullcontext() if path is None else tuning.tuned(tuning.Tuner(path, budget=0))
+
+
 def release() -> None:
     """Give back what a way held."""
     gc.collect()
@@ -292,6 +297,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="torch.compile, minutes a case")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with small shapes")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no case after this")
+    parser.add_argument("--tuned", type=Path, help="kernels.json, with the choices of kernels")
     options = parser.parse_args()
     device = torch.device("cpu" if options.dry_run else "cuda")
     end = time.monotonic() + options.seconds
@@ -300,7 +306,7 @@ def main() -> None:
         return
     roofs = timing.measure_roofs(device.type)
     failed = False
-    with open(options.out, "w", encoding="utf-8") as file:
+    with open(options.out, "w", encoding="utf-8") as file, tuned_as_in(options.tuned):
         for case in cases(options.dry_run, options.compiled):
             kind = "training step" if case.training else "evaluation"
             if time.monotonic() > end:

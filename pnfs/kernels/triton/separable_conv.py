@@ -27,7 +27,8 @@ NUM_WARPS_SUM = 4
 FORWARD_PIXELS = 64  # of a program of the forward pass
 STEP_CHANNELS = 32  # that it reads of a pixel at a time
 MAX_OUTPUTS = 128
-PRODUCT_PIXELS = 64  # of a step of the backward pass, where it multiplies matrices
+# Of a step of the backward pass, where it multiplies matrices, by bytes of a value.
+PRODUCT_PIXELS = {4: 32, 2: 64}
 PRODUCT_CHANNELS, PRODUCT_OUTPUTS = 64, 64
 STENCIL_PIXELS, STENCIL_CHANNELS = 32, 32  # the same, where it has neighbours
 SHARE_PIXELS = 128  # of a program that leaves no sums; of others a multiple
@@ -35,8 +36,8 @@ PROGRAMS = 576  # that leave sums, roughly: more of them would move more sums
 SUM_TILE = {"ROWS": 16, "COLS": 64}
 
 FORWARD = Tunable(separable_conv_kernel, Config(8), Config(4, 0.5), Config(4), Config(8, 0.5))
-FACTORS = Tunable(factors_kernel, Config(8), Config(4), Config(4, 0.5), Config(8, 0.5))
-GRADIENTS = Tunable(gradients_kernel, Config(8), Config(4), Config(4, 0.5), Config(8, 0.5))
+FACTORS = Tunable(factors_kernel, Config(8), Config(4), Config(8, 2.0), Config(8, 0.5))
+GRADIENTS = Tunable(gradients_kernel, Config(8), Config(4), Config(8, 2.0), Config(8, 0.5))
 
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # mean, var, gamma and beta, or None for each that there is not.
@@ -71,9 +72,9 @@ def _forward_tile(c: int, o: int, scale: float = 1.0) -> dict[str, int]:
     return {"BLOCK_M": _rows(FORWARD_PIXELS, scale, c, o), **sides, **_units(c, o)}
 
 
-def _backward_tile(c: int, o: int, scale: float = 1.0) -> dict[str, int]:
+def _backward_tile(c: int, o: int, item: int, scale: float = 1.0) -> dict[str, int]:
     return {
-        "BLOCK_M": _rows(PRODUCT_PIXELS, scale, c, o),
+        "BLOCK_M": _rows(PRODUCT_PIXELS[item], scale, c, o),
         "BLOCK_C": _side(c, PRODUCT_CHANNELS),
         "BLOCK_O": _side(o, PRODUCT_OUTPUTS),
         "STENCIL_M": _rows(STENCIL_PIXELS, scale, c, c),
@@ -86,7 +87,7 @@ def _shares(x: Tensor, o: int) -> tuple[int, int]:
     """How many programs share the pixels of a part in the backward pass, and pixels of each; by
     shapes alone, as the order of the sums depends on them."""
     p, n, c, h, w = x.shape
-    tile = _backward_tile(c, o)
+    tile = _backward_tile(c, o, x.element_size())
     tiles = triton.cdiv(c, tile["BLOCK_C"]) * triton.cdiv(o, tile["BLOCK_O"])
     units = triton.cdiv(n * h * w, SHARE_PIXELS)
     of_share = triton.cdiv(units, triton.cdiv(PROGRAMS, p * tiles))
@@ -188,7 +189,7 @@ def launch_backward(
         t, gt = torch.empty_like(gx), torch.empty_like(gx, dtype=torch.float32)
 
     def factors(config: Config) -> None:
-        tile = _backward_tile(c, o, config.scale)
+        tile = _backward_tile(c, o, x.element_size(), config.scale)
         blocks = triton.cdiv(c, tile["STENCIL_C"]) + triton.cdiv(c, tile["BLOCK_C"])
         factors_kernel[(blocks, triton.cdiv(pixels, SHARE_PIXELS), p)](
             x, pointwise, depthwise, norm, gy, of_stats, t, gt,
@@ -197,7 +198,7 @@ def launch_backward(
         )  # fmt: skip
 
     def all_gradients(config: Config) -> None:
-        tile = _backward_tile(c, o, config.scale)
+        tile = _backward_tile(c, o, x.element_size(), config.scale)
         of_rest = tile["BLOCK_C"] if depthwise is None else tile["STENCIL_C"]
         of_weights = triton.cdiv(c, tile["BLOCK_C"]) * triton.cdiv(o, tile["BLOCK_O"])
         gradients_kernel[(of_weights + triton.cdiv(c, of_rest), splits, p)](

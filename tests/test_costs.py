@@ -197,7 +197,8 @@ def test_launches_of_a_step_on_a_gpu() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     model = hollow_preset("ours-1")
     step = count_costs(model, (256, 192), batch=24, mode="train", device="cuda")
-    assert step.launches <= 523 and step.bytes <= 24.3e9
+    # separable_conv's backward pass has its depthwise result in memory: more bytes, less time.
+    assert step.launches <= 523 and step.bytes <= 27.6e9
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:

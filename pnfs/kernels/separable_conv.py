@@ -357,7 +357,7 @@ def _cost_triton(args: Sequence[Any], outputs: Any) -> OpCost:
     from pnfs.kernels.triton.separable_conv import partial_elements
 
     stats = bool(args[7])
-    scratch = 2 * 4 * partial_elements(args[0], args[1]) if stats else 0
+    scratch = 2 * 4 * partial_elements(*args[:3]) if stats else 0
     return replace(_cost(args, outputs), launches=1 + stats, scratch=scratch)
 
 

@@ -25,19 +25,21 @@ from pnfs.kernels.triton.tuning import Config, Tunable
 
 NUM_WARPS_SUM = 4
 FORWARD_PIXELS = 64  # of a program of the forward pass
+FEW_CHANNELS = 64  # with so many, half the pixels where each has neighbours
 STEP_CHANNELS = 32  # that it reads of a pixel at a time
 MAX_OUTPUTS = 128
-# Of a step of the backward pass, where it multiplies matrices, by bytes of a value.
-PRODUCT_PIXELS = {4: 32, 2: 64}
+PRODUCT_PIXELS = 32  # of a step of the backward pass, where it multiplies matrices
 PRODUCT_CHANNELS, PRODUCT_OUTPUTS = 64, 64
-STENCIL_PIXELS, STENCIL_CHANNELS = 32, 32  # the same, where it has neighbours
+STENCIL_PIXELS = {4: 32, 2: 16}  # the same where it has neighbours, by bytes of a value
+STENCIL_CHANNELS = 32
 SHARE_PIXELS = 128  # of a program that leaves no sums; of others a multiple
 PROGRAMS = 576  # that leave sums, roughly: more of them would move more sums
 SUM_TILE = {"ROWS": 16, "COLS": 64}
 
-FORWARD = Tunable(separable_conv_kernel, Config(8), Config(4, 0.5), Config(4), Config(8, 0.5))
-FACTORS = Tunable(factors_kernel, Config(8), Config(4), Config(8, 2.0), Config(8, 0.5))
-GRADIENTS = Tunable(gradients_kernel, Config(8), Config(4), Config(8, 2.0), Config(8, 0.5))
+# The defaults are what was fastest on an H200 in float32 at the sizes of preset ours-1.
+FORWARD = Tunable(separable_conv_kernel, Config(4), Config(8, 0.5), Config(8))
+FACTORS = Tunable(factors_kernel, Config(4), Config(8, 0.5))
+GRADIENTS = Tunable(gradients_kernel, Config(4), Config(8))
 
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # mean, var, gamma and beta, or None for each that there is not.
@@ -67,17 +69,18 @@ def _rows(pixels: int, scale: float, c: int, o: int) -> int:
     return max(16, int(pixels * scale)) if vectors else 16
 
 
-def _forward_tile(c: int, o: int, scale: float = 1.0) -> dict[str, int]:
+def _forward_tile(c: int, o: int, neighbours: bool, scale: float = 1.0) -> dict[str, int]:
+    pixels = FORWARD_PIXELS // 2 if neighbours and c <= FEW_CHANNELS else FORWARD_PIXELS
     sides = {"BLOCK_C": _side(c, STEP_CHANNELS), "BLOCK_O": _side(o, MAX_OUTPUTS)}
-    return {"BLOCK_M": _rows(FORWARD_PIXELS, scale, c, o), **sides, **_units(c, o)}
+    return {"BLOCK_M": _rows(pixels, scale, c, o), **sides, **_units(c, o)}
 
 
 def _backward_tile(c: int, o: int, item: int, scale: float = 1.0) -> dict[str, int]:
     return {
-        "BLOCK_M": _rows(PRODUCT_PIXELS[item], scale, c, o),
+        "BLOCK_M": _rows(PRODUCT_PIXELS, scale, c, o),
         "BLOCK_C": _side(c, PRODUCT_CHANNELS),
         "BLOCK_O": _side(o, PRODUCT_OUTPUTS),
-        "STENCIL_M": _rows(STENCIL_PIXELS, scale, c, c),
+        "STENCIL_M": _rows(STENCIL_PIXELS[item], scale, c, c),
         "STENCIL_C": _side(c, STENCIL_CHANNELS),
         **_units(c, o),
     }
@@ -103,10 +106,12 @@ def _widths(
     return o * c, o if has_bias else 0, *of_norm, 0 if depthwise is None else 9 * c
 
 
-def partial_elements(x: Tensor, pointwise: Tensor) -> int:
+def partial_elements(x: Tensor, pointwise: Tensor, depthwise: Tensor | None) -> int:
     """Numbers that pass from the first launch of the forward pass to the second."""
-    p, n, _, h, w = x.shape
-    return 2 * p * pointwise.shape[1] * triton.cdiv(n * h * w, FORWARD_PIXELS)
+    p, n, c, h, w = x.shape
+    o = pointwise.shape[1]
+    tile = _forward_tile(c, o, depthwise is not None)
+    return 2 * p * o * triton.cdiv(n * h * w, tile["BLOCK_M"])
 
 
 def partial_elements_backward(
@@ -139,7 +144,7 @@ def launch(
     kind |= _factors(x.dtype)
 
     def run(config: Config) -> tuple[Tensor, int]:
-        tile = _forward_tile(c, o, config.scale)
+        tile = _forward_tile(c, o, depthwise is not None, config.scale)
         blocks = triton.cdiv(pixels, tile["BLOCK_M"])
         partials = new_partials((p, blocks, 2, o), x) if stats else mean_y
         separable_conv_kernel[(blocks, triton.cdiv(o, tile["BLOCK_O"]), p)](

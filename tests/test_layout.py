@@ -39,6 +39,7 @@ INFRASTRUCTURE = {
         "aot",
         "batch_norm_once",
         "maps",
+        "separable_gradients",
         "separable_kernels",
         "tuning",
     },

@@ -1,5 +1,5 @@
 """Launches of the Triton kernels of `separable_conv`; see `pnfs.kernels.separable_conv`, and
-`pnfs.kernels.triton.separable_kernels` for what they do."""
+`separable_kernels` and `separable_gradients` beside it for what they do."""
 
 from __future__ import annotations
 
@@ -15,12 +15,8 @@ from torch import Tensor
 from pnfs.kernels import native
 from pnfs.kernels.triton import OPTIONS
 from pnfs.kernels.triton.maps import launch_merge_statistics, new_partials
-from pnfs.kernels.triton.separable_kernels import (
-    factors_kernel,
-    gradients_kernel,
-    separable_conv_kernel,
-    sum_kernel,
-)
+from pnfs.kernels.triton.separable_gradients import factors_kernel, gradients_kernel, sum_kernel
+from pnfs.kernels.triton.separable_kernels import separable_conv_kernel
 from pnfs.kernels.triton.tuning import Config, Tunable
 
 NUM_WARPS_SUM = 4

@@ -33,7 +33,7 @@ PROGRAMS = 576  # that leave sums, roughly: more of them would move more sums
 SUM_TILE = {"ROWS": 16, "COLS": 64}
 
 # The defaults are what was fastest on an H200 in float32 at the sizes of preset ours-1.
-FORWARD = Tunable(separable_conv_kernel, Config(4), Config(8, 0.5), Config(8))
+FORWARD = Tunable(separable_conv_kernel, Config(4), Config(8, 0.5))
 FACTORS = Tunable(factors_kernel, Config(4), Config(8, 0.5))
 GRADIENTS = Tunable(gradients_kernel, Config(4), Config(8))
 

@@ -3,7 +3,7 @@
     python bench/step_profile.py [--preset ours-1] [--batch 24 128] [--precision fp32 bf16]
 
 Steps run without a CUDA graph, so that a kernel has its own line; what the GPU waits between them
-is told apart. See `bench/whole_models.py` for times of whole steps.
+is not counted. See `bench/whole_models.py` for times of whole steps.
 """
 
 from __future__ import annotations

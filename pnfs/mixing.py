@@ -8,7 +8,6 @@ of a training step on a dozen numbers each; all of one softmax are one product w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +61,7 @@ class MixTable(nn.Module):
 
     def forward(self, softmax: Tensor) -> list[Tensor]:
         """(all parts, rows, columns) → per mix (P, T)."""
-        device = softmax.device.type
-        known = calls.knows_autocast(device)
-        with torch.autocast(device, enabled=False) if known else nullcontext():
+        with calls.without_autocast(softmax.device.type):
             weights = self.factor * torch.mv(self.matrix, softmax.flatten())
         pieces = weights.split([p * t for p, t in self.shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]

@@ -67,8 +67,7 @@ class FoldedPoseNet(nn.Module):
             return folded_network([images], self.weights, self.program)
         # Autocast has a say where the products round, too; its maps are those of a lower precision.
         device = images.device.type
-        refused = not self.rounded_products and calls.knows_autocast(device)
-        with torch.autocast(device, enabled=False) if refused else contextlib.nullcontext():
+        with contextlib.nullcontext() if self.rounded_products else calls.without_autocast(device):
             maps = [x.to(self.weights.dtype) for x in self.backbone(images)]
         return folded_network(maps, self.weights, self.program)
 

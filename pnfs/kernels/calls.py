@@ -9,6 +9,7 @@ which arguments are lists of tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,32 +20,35 @@ from torch import _C, Tensor, nn
 _PLAIN = frozenset((Tensor, nn.Parameter, list, type(None), bool, int, float, str))
 
 
-def unwatched(args: Sequence[Any]) -> bool:
-    """Whether only autograd would take note of a call with these arguments: no compiler or export,
-    no mode, transform or profiler, no subclass of Tensor."""
+def makes_plain_tensors() -> bool:
+    """Whether a new tensor is one to keep: no compiler or export, no mode or transform."""
     # Asked first: what torch.compile traces ends here.
     if torch.compiler.is_compiling() or _C._get_tracing_state() is not None:
         return False
-    if _C._len_torch_dispatch_stack() or _C._len_torch_function_stack():
+    return not (_C._len_torch_dispatch_stack() or _C._are_functorch_transforms_active())
+
+
+def unwatched(args: Sequence[Any]) -> bool:
+    """Whether only autograd would take note of a call with these arguments: no compiler or export,
+    no mode, transform or profiler, no subclass of Tensor."""
+    if not makes_plain_tensors():
         return False
-    if _C._are_functorch_transforms_active() or _C._autograd._profiler_enabled():
+    if _C._len_torch_function_stack() or _C._autograd._profiler_enabled():
         return False
     return _PLAIN.issuperset(map(type, args)) and all(
         _PLAIN.issuperset(map(type, arg)) for arg in args if type(arg) is list
     )
 
 
-def makes_plain_tensors() -> bool:
-    """Whether a new tensor is one to keep: no compiler or export, no mode or transform."""
-    if torch.compiler.is_compiling() or _C._get_tracing_state() is not None:
-        return False
-    return not (_C._len_torch_dispatch_stack() or _C._are_functorch_transforms_active())
-
-
 @torch.compiler.assume_constant_result  # older releases of torch.compile cannot trace the question
 def knows_autocast(device: str) -> bool:
     """Whether a device of this type has autocast; "meta" has none."""
     return torch.amp.is_autocast_available(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Inside, autocast is off on devices of this type, those that have none included."""
+    return torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext()
 
 
 def needs_gradient(args: Sequence[Any]) -> bool:

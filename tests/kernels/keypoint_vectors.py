@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pnfs.kernels import native
@@ -48,6 +49,14 @@ def skip_unless_taken(backend: str, dtype: torch.dtype) -> None:
 def skip_if_interpreted(backend: str, device: str, reason: str) -> None:
     if (backend, device) == ("triton", "cpu"):
         pytest.skip(f"Triton's interpreter: {reason}")
+
+
+def draw_kind(data: st.DataObject) -> tuple[Parts, tuple[int, int, int, int], str]:
+    """Parts, shape (N, d, h, w) and layout of some vectors, for `random_vectors`."""
+    parts = data.draw(st.sampled_from([ONE, APART, SHARED, EIGHT]))
+    side = st.integers(1, MAX_SIDE)
+    shape = data.draw(st.tuples(st.integers(0, 3), st.integers(1, 24), side, side))
+    return parts, shape, data.draw(st.sampled_from(LAYOUTS))
 
 
 def random_vectors(

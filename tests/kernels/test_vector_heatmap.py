@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from keypoint_vectors import (
     APART,
     DTYPES,
-    EIGHT,
     EXAMPLES,
     LAYOUTS,
-    MAX_SIDE,
     ONE,
     ROUNDING,
     SHARED,
@@ -21,6 +19,7 @@ from keypoint_vectors import (
     assert_close_to,
     backends,
     doubled,
+    draw_kind,
     random_vectors,
     skip_if_interpreted,
     skip_unless_taken,
@@ -104,10 +103,7 @@ def test_any_shape(backend: str, device: str) -> None:
     @examples(EXAMPLES, device)
     @given(data=st.data())
     def any_case(data: st.DataObject) -> None:
-        parts = data.draw(st.sampled_from([ONE, APART, SHARED, EIGHT]))
-        side = st.integers(1, MAX_SIDE)
-        shape = data.draw(st.tuples(st.integers(0, 3), st.integers(1, 24), side, side))
-        layout = data.draw(st.sampled_from(LAYOUTS))
+        parts, shape, layout = draw_kind(data)
         vectors = random_vectors(parts, shape, layout=layout, device=device)
         check(vectors, parts, backend)
 

@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 from keypoint_vectors import (
     APART,
     DTYPES,
-    EIGHT,
     EXAMPLES,
     LAYOUTS,
-    MAX_SIDE,
     ONE,
     ROUNDING,
     SHARED,
@@ -24,6 +22,7 @@ from keypoint_vectors import (
     assert_close_to,
     backends,
     doubled,
+    draw_kind,
     random_vectors,
     skip_if_interpreted,
     skip_unless_taken,
@@ -160,10 +159,7 @@ def test_any_shape(backend: str, device: str) -> None:
     @examples(EXAMPLES, device)
     @given(data=st.data())
     def any_case(data: st.DataObject) -> None:
-        parts = data.draw(st.sampled_from([ONE, APART, SHARED, EIGHT]))
-        side = st.integers(1, MAX_SIDE)
-        shape = data.draw(st.tuples(st.integers(0, 3), st.integers(1, 24), side, side))
-        layout = data.draw(st.sampled_from(LAYOUTS))
+        parts, shape, layout = draw_kind(data)
         case = random_case(
             parts, shape, layout=layout, device=device, seed=data.draw(st.integers(0, 9))
         )

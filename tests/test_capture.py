@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from played import Player
 from runs import rows_of, small_config, state_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,39 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 import pnfs
 from pnfs import capture
-from pnfs.capture import WARM_UP, Captured, Recording
+from pnfs.capture import WARM_UP, Captured
 from pnfs.folding import for_evaluation
 from pnfs.head import pose_loss
 from pnfs.steps import Stepper
 from pnfs.train import train
-
-STEP = torch.zeros(3, dtype=torch.float64)  # what a training step returns
-
-
-class Player:
-    """Plays a CUDA graph on the CPU: a replay runs the work on the recorded inputs again and leaves
-    the results in the recorded outputs, which are as large as `output`. As with a graph, recording
-    alone changes nothing."""
-
-    def __init__(self, output: Tensor = STEP, broken: bool = False) -> None:
-        self.output, self.broken = output, broken
-        self.replays = 0
-
-    def aside(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def record(self, work: capture.Work, inputs: tuple[Tensor, ...]) -> Recording:
-        if self.broken:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        fixed = tuple(torch.full_like(x, 0) for x in inputs)
-        outputs = [torch.full_like(self.output, torch.nan)]
-
-        def replay() -> None:
-            self.replays += 1
-            for kept, new in zip(outputs, work(*fixed), strict=True):
-                kept.copy_(new)
-
-        return Recording(fixed, tuple(outputs), replay)
 
 
 def triple(x: Tensor) -> tuple[Tensor]:

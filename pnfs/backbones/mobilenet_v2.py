@@ -28,12 +28,8 @@ SETTINGS = (
     (6, 160, 3, 2),
 )
 STEM_CHANNELS = 32
-TAPS = (
-    3,
-    6,
-    13,
-    16,
-)  # the last block at 1/4, 1/8, 1/16 and 1/32; Table IX's "64" for P2 is a misprint
+# The last block at 1/4, 1/8, 1/16 and 1/32; Table IX's "64" for P2 is a misprint.
+TAPS = (3, 6, 13, 16)
 
 
 class MobileNetV2(Backbone):

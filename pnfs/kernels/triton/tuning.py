@@ -39,9 +39,8 @@ from pnfs.kernels import native
 from pnfs.statefile import write_json
 
 BUDGET = 300.0  # seconds that a process measures; other ranks wait meanwhile, and not for ever
-GAIN = (
-    0.97  # of the default's time that another configuration must stay below: noise decides nothing
-)
+# Of the default's time that another configuration must stay below: noise decides nothing.
+GAIN = 0.97
 WARM_UP_MS, MEASURE_MS = 2, 15  # of one configuration
 FORMAT = 1  # of the file
 MOST = 4  # configurations of a kernel: each is compiled when it is measured

@@ -1,10 +1,10 @@
 // Runs the CUDA sources on the CPU, for tests: a C++20 compiler takes this header in place of nvcc's.
 //
-// A block's threads are host threads. __syncthreads() is a barrier of theirs, __shared__ is static,
-// exchanges within a warp go through a buffer. The blocks of a grid run one after the other, so one
-// static copy of the shared memory serves them all; dynamic shared memory starts every block as NaN.
-// A race between the threads of a block is one between host threads: ThreadSanitizer reports it. One
-// between blocks shows as a result that depends on their order.
+// A block's threads are fibres of the thread that launches (fibres.h). __syncthreads() is a barrier of
+// theirs, __shared__ is static, exchanges within a warp go through a buffer. The blocks of a grid run
+// one after the other, so one static copy of the shared memory serves them all; dynamic shared memory
+// starts every block as NaN. A race between the threads of a block is one between fibres:
+// ThreadSanitizer reports it. One between blocks shows as a result that depends on their order.
 //
 // Environment, read at every launch:
 //   PNFS_EMULATED_ORDER=reversed     the last block runs first
@@ -19,21 +19,18 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <thread>
-#include <utility>
 #include <vector>
+
+#include "cuda/fibres.h"
 
 #define __global__
 #define __device__
@@ -59,66 +56,15 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 using std::min;
 
-inline thread_local uint3 threadIdx{}, blockIdx{}, blockDim{}, gridDim{};
+#define threadIdx (::pnfs::emulation::thread_index())
+#define blockIdx (::pnfs::emulation::block_index())
+#define blockDim (::pnfs::emulation::grid->threads)
 
 namespace pnfs::emulation {
 
 constexpr int kWarp = 32;
 constexpr int kMostThreads = 1024;
 constexpr std::size_t kMostShared = 48 * 1024;  // what a kernel may use without asking
-
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "CUDA emulation: %s (block %u, thread %u)\n", what, blockIdx.x, threadIdx.x);
-  std::abort();
-}
-
-// As std::barrier, but what a thread does after a phase is never ordered before what a late waker of
-// that phase does: then ThreadSanitizer would not see their race. libstdc++'s barriers share counters,
-// and one mutex would be taken by the next phase's threads before the late waker has it again. So
-// phases take turns with two: no thread can be at the phase after next before the late waker has come.
-class Barrier {
- public:
-  explicit Barrier(int threads, std::function<void()> completion = [] {})
-      : threads_(threads), waited_for_(threads), completion_(std::move(completion)) {}
-
-  void arrive_and_wait() {
-    // The phase cannot end without this thread, so it need not be looked at under the mutex.
-    const std::uint64_t phase = phase_.load(std::memory_order_relaxed);
-    Turn& turn = turns_[phase % 2];
-    std::unique_lock lock(turn.mutex);
-    arrive(turn);
-    turn.all_here.wait(lock, [&] { return turn.ended == phase + 1; });
-  }
-
-  // Never to come again.
-  void arrive_and_drop() {
-    Turn& turn = turns_[phase_.load(std::memory_order_relaxed) % 2];
-    const std::lock_guard lock(turn.mutex);
-    --threads_;
-    arrive(turn);
-  }
-
- private:
-  struct Turn {
-    std::mutex mutex;
-    std::condition_variable all_here;
-    std::uint64_t ended = 0;  // the last phase of this turn that has ended, plus 1
-  };
-
-  void arrive(Turn& turn) {
-    if (--waited_for_ > 0) return;
-    completion_();
-    waited_for_ = threads_;
-    turn.ended = phase_.load(std::memory_order_relaxed) + 1;
-    phase_.store(turn.ended, std::memory_order_relaxed);
-    turn.all_here.notify_all();
-  }
-
-  std::array<Turn, 2> turns_;
-  std::atomic<std::uint64_t> phase_ = 0;
-  int threads_, waited_for_;
-  std::function<void()> completion_;
-};
 
 struct Warp {
   Barrier barrier;
@@ -130,12 +76,15 @@ struct Warp {
 };
 
 struct Block {
+  uint3 index;
   Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<float4> shared;
 
-  Block(int threads, std::size_t shared_bytes)
-      : barrier(threads), shared((shared_bytes + sizeof(float4) - 1) / sizeof(float4)) {
+  Block(std::int64_t index, int threads, std::size_t shared_bytes)
+      : index{static_cast<unsigned>(index), 0, 0},
+        barrier(threads),
+        shared((shared_bytes + sizeof(float4) - 1) / sizeof(float4)) {
     for (int first = 0; first < threads; first += kWarp) {
       warps.push_back(std::make_unique<Warp>(std::min(kWarp, threads - first)));
     }
@@ -145,15 +94,23 @@ struct Block {
 
 // What the threads of the running grid share.
 struct Grid {
-  std::optional<Block> block;
+  uint3 threads;  // of a block
   std::string skip;
+  std::optional<Block> block;
 };
 
 inline thread_local Grid* grid = nullptr;
 
+inline uint3 thread_index() { return {static_cast<unsigned>(Fibres::index()), 0, 0}; }
+inline uint3 block_index() { return grid->block->index; }
 inline Warp& warp() { return *grid->block->warps[threadIdx.x / kWarp]; }
 inline unsigned lane() { return threadIdx.x % kWarp; }
 inline float4* dynamic_shared() { return grid->block->shared.data(); }
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "CUDA emulation: %s (block %u, thread %u)\n", what, blockIdx.x, threadIdx.x);
+  std::abort();
+}
 
 inline void sync_threads(std::string_view file, int line) {
   if (!grid->skip.empty()) {
@@ -169,7 +126,7 @@ template <class T, class Read>
 auto exchange(std::uint32_t mask, T value, Read read) {
   static_assert(sizeof(T) <= sizeof(std::uint64_t));
   Warp& here = warp();
-  if (mask != here.live) fail("the mask of a warp's exchange is not the set of its live lanes");
+  if (mask != here.live.load(std::memory_order_relaxed)) fail("the mask of a warp's exchange is not the set of its live lanes");
   std::memcpy(&here.values[lane()], &value, sizeof value);
   here.barrier.arrive_and_wait();
   const auto result = read(here.values);
@@ -198,29 +155,25 @@ void launch(const char* name, std::int64_t blocks, int threads, std::size_t shar
     return std::string(value == nullptr ? "" : value);
   };
   const bool reversed = setting("PNFS_EMULATED_ORDER") == "reversed";
-  Grid state{std::nullopt, setting("PNFS_EMULATED_SKIP")};
+  Grid state{{static_cast<unsigned>(threads), 1, 1}, setting("PNFS_EMULATED_SKIP"), std::nullopt};
+  std::int64_t begun = 0;
   // Opens once every thread has left the block before; then makes the next block's state.
-  Barrier next_block(threads, [&] { state.block.emplace(threads, shared_bytes); });
-  const auto run = [&](unsigned thread) {
-    grid = &state;
-    threadIdx = {thread, 0, 0};
-    blockDim = {static_cast<unsigned>(threads), 1, 1};
-    gridDim = {static_cast<unsigned>(blocks), 1, 1};
+  Barrier next_block(threads, [&] {
+    state.block.emplace(reversed ? blocks - 1 - begun : begun, threads, shared_bytes);
+    ++begun;
+  });
+  grid = &state;
+  Fibres::run(threads, [&] {
     for (std::int64_t i = 0; i < blocks; ++i) {
-      blockIdx = {static_cast<unsigned>(reversed ? blocks - 1 - i : i), 0, 0};
       next_block.arrive_and_wait();
       kernel();
       // A thread that has returned counts as arrived from then on.
-      warp().live &= ~(1u << lane());
+      warp().live.fetch_and(~(1u << lane()), std::memory_order_relaxed);
       warp().barrier.arrive_and_drop();
       state.block->barrier.arrive_and_drop();
     }
-  };
-  std::vector<std::thread> pool;
-  for (int thread = 0; thread < threads; ++thread) {
-    pool.emplace_back(run, static_cast<unsigned>(thread));
-  }
-  for (std::thread& thread : pool) thread.join();
+  });
+  grid = nullptr;
 }
 
 }  // namespace pnfs::emulation

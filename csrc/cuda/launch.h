@@ -1,5 +1,5 @@
 // What every launch needs: the number of blocks, and the one macro that launches. By nvcc a launch
-// goes to the GPU; by a C++20 compiler the same sources run on host threads (host_emulation.h).
+// goes to the GPU; by a C++20 compiler the same sources run on the host (host_emulation.h).
 #pragma once
 
 #if defined(__CUDACC__)

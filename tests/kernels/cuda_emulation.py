@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 CXX = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-FLAGS = ["-std=c++20", "-O1", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 FLAGS += ["-fno-strict-aliasing"]  # 16-byte loads look at elements as words
 
 
@@ -34,7 +34,7 @@ def compile_sources(output: Path, sources: list[Path], *flags: str) -> None:
 
 
 def build_module(folder: Path) -> ModuleType:
-    """pnfs._cuda on host threads; compiled unless `folder` holds it already."""
+    """pnfs._cuda for the host; compiled unless `folder` holds it already."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -1,5 +1,5 @@
-// Runs CUDA kernels on small cases, for ThreadSanitizer: cuda_races CASE, the name of an op or
-// "block_sum". Results are not looked at; test_<op>.py compares them.
+// Runs CUDA kernels on small cases, for ThreadSanitizer: cuda_races CASE, the name of an op,
+// "block_sum" or "stuck". Results are not looked at; test_<op>.py compares them.
 
 #include <array>
 #include <cstdint>
@@ -40,6 +40,17 @@ void block_sum() {
     std::exit(1);
   }
 }
+
+// One thread waits for its block, the others for their warp.
+__global__ void stuck_kernel() {
+  if (threadIdx.x == 0) {
+    __syncthreads();
+  } else {
+    __ballot_sync(~0u, true);
+  }
+}
+
+void stuck() { PNFS_LAUNCH(stuck_kernel, 1, 32, 0, 0); }
 
 void crop_normalize_case() {
   std::vector<std::uint8_t> pixels(2 * 5 * 7 * 3, 9), flips{0, 1};
@@ -107,6 +118,7 @@ int main(int, char** arguments) {
       {"crop_normalize", pnfs::crop_normalize_case},
       {"depthwise_fanout", pnfs::depthwise_fanout_case},
       {"oks_nms", pnfs::oks_nms_case},
+      {"stuck", pnfs::stuck},
   };
   cases.at(arguments[1])();
 }

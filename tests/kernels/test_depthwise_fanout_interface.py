@@ -11,7 +11,13 @@ from unittest import mock
 import pytest
 import torch
 from depthwise_fanout_cases import ALL, STORAGE_CPU, call, check, needs_cpp, random_case, run, using
-from numerics import ISAS, memory_filled_with_nan, results_by_threads, value_and_gradients
+from numerics import (
+    ISAS,
+    memory_filled_with_nan,
+    opcheck,
+    results_by_threads,
+    value_and_gradients,
+)
 from torch import Tensor
 
 from pnfs.errors import PnfsError
@@ -47,10 +53,10 @@ def test_every_value_is_written_and_equal_in_every_run(isa: str, stride: int) ->
 def test_opcheck(dtype: torch.dtype, norm: int) -> None:
     for stats in (True, False):
         case = random_case((2, 2, 5, 3, 4), norm=norm, dtype=dtype, stats=stats, stride=2)
-        x, w1, w2, *given_ = (tensor.requires_grad_() for tensor in case.tensors)
+        x, w1, w2, *given_ = case.tensors
         moments = [*given_, *[None] * (4 - norm)]
         args = (x, [1, 0, 2, -1], [w1, w2], *moments, 2, "relu6", stats, 1e-5)
-        torch.library.opcheck(torch.ops.pnfs.depthwise_fanout_cpp.default, args)
+        opcheck("depthwise_fanout_cpp", *args)
 
 
 @needs_cpp

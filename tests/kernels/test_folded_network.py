@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import BF16_ISAS, error_of, memory_filled_with_nan, results_by_threads
+from numerics import BF16_ISAS, ISAS, error_of, memory_filled_with_nan, results_by_threads
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,7 +22,6 @@ needs_cpp = pytest.mark.skipif(
     not native.has_function("_cpu", "folded_network")[0],
     reason=native.has_function("_cpu", "folded_network")[1] or "-",
 )
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 COLUMNS = st.integers(1, 150)
 
 
@@ -78,7 +77,7 @@ def check(inputs: list[Tensor], program: str, weights: Tensor) -> None:
 @needs_cpp
 @pytest.mark.parametrize(
     ("isa", "bfloat16"),
-    [*((isa, False) for isa in INSTRUCTION_SETS), *((isa, True) for isa in BF16_ISAS)],
+    [*((isa, False) for isa in ISAS), *((isa, True) for isa in BF16_ISAS)],
 )
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
@@ -146,7 +145,7 @@ def test_convolutions_equal_the_reference(isa: str, bfloat16: bool, data: st.Dat
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("largest", [False, True])
 def test_pools_equal_the_reference(
     isa: str, largest: bool, monkeypatch: pytest.MonkeyPatch
@@ -162,7 +161,7 @@ def test_pools_equal_the_reference(
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("depth", [1, 3, 8, 16])
 def test_heads_add_the_parts_that_share_a_keypoint(
     isa: str, depth: int, monkeypatch: pytest.MonkeyPatch

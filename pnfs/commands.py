@@ -91,8 +91,11 @@ def train_command(
             raise PnfsError("--architecture and --strategy random exclude each other; give one")
         if resume:
             raise PnfsError("--resume continues with the run's own α and β; drop --architecture")
-        file = json.dumps(str(architecture_file(architecture).resolve()))
-        overrides += [f"search.architecture={file}", "search.strategy=none"]
+        architecture = architecture_file(architecture).resolve()
+        overrides += [
+            f"search.architecture={json.dumps(str(architecture))}",
+            "search.strategy=none",
+        ]
     if strategy is not None:
         overrides.append(f"search.strategy={strategy}")
     overrides += settings
@@ -105,6 +108,8 @@ def train_command(
     def resolve() -> tuple[Config, bool]:
         if resume or (distributed.restarted() and is_run(folder)):
             return run_config(folder, overrides), True
+        if architecture is not None:
+            read_architecture(architecture)  # an error comes before people are read or drawn
         return load_config(source, overrides), False
 
     with distributed.group(select_device(device)):

@@ -59,6 +59,7 @@ INFRASTRUCTURE = {
         "test_triton_compile",
         "test_triton_interpreter",
         "test_triton_tuning",
+        "vector_heatmap_loss_cases",
     },
     "bench": {
         "conftest",

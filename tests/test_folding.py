@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import ISAS
 from torch import Tensor, nn
 
 import pnfs
@@ -129,7 +130,7 @@ def test_hrnet_backbone() -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PNFS_ISA", isa)
     check(model_of(), (96, 128), 3)
@@ -151,7 +152,7 @@ def test_products_in_bfloat16_are_near(preset: str) -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", ["avx512", None])
+@pytest.mark.parametrize("isa", [*ISAS[-1:], None])
 def test_autocast_with_a_backbone_of_its_own(
     isa: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

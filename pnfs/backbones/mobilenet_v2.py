@@ -15,7 +15,6 @@ from pnfs import kernels
 from pnfs.backbones.base import Backbone
 from pnfs.backbones.norm import BatchNormAct2d
 from pnfs.backbones.weights import init_convolutions
-from pnfs.kernels import native
 from pnfs.kernels.shared import SharedMap
 
 # (expansion t, output channels, repeats, first stride), Table IX
@@ -74,8 +73,9 @@ class MobileNetV2(Backbone):
 class InvertedResidual(nn.Module):
     """1×1 expansion (none for t = 1) → depthwise 3×3 → linear 1×1, plus the input if it fits.
 
-    The identities stand where checkpoints number the activations. While training on the CPU, the
-    wide maps between the convolutions are normalised where they are read, and stored as they are.
+    The identities stand where checkpoints number the activations. While training where
+    there are kernels for it, the wide maps between the convolutions are normalised where they are
+    read, and stored as they are.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
@@ -99,7 +99,7 @@ class InvertedResidual(nn.Module):
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and native.device_for_auto(x.device.type) == "cpu":
+        if self.training and kernels.ops()["depthwise_fanout"].has_kernel(x.device.type):
             return self.normalised_on_load(x)
         return self.layer_by_layer(x)
 

@@ -150,8 +150,8 @@ _gpu_assumed = False
 
 @contextmanager
 def gpu_assumed() -> Iterator[None]:
-    """Inside, Triton kernels count as runnable on tensors of any device, and `auto` chooses as on a
-    GPU: for callers that look at launches and make none."""
+    """Inside, Triton and CUDA kernels count as runnable on tensors of any device, and `auto` chooses
+    as on a GPU: for callers that look at launches and make none."""
     global _gpu_assumed
     before, _gpu_assumed = _gpu_assumed, True
     try:
@@ -180,7 +180,7 @@ def backend_available(backend: str, function: str) -> Verdict:
     """Whether `backend` can run at all in this process, on any device."""
     if backend == "cpp":
         return has_function("_cpu", function)
-    if backend == "cuda" and _emulated is not None:
+    if backend == "cuda" and (_gpu_assumed or _emulated is not None):
         return RUNS
     if backend == "cuda":
         verdict = has_function("_cuda", function)
@@ -195,7 +195,7 @@ def backend_available(backend: str, function: str) -> Verdict:
 
 def backend_fits(backend: str, device: str) -> Verdict:
     """Whether `backend` works on tensors of the device type `device`."""
-    if backend == "triton" and _gpu_assumed:
+    if backend in ("cuda", "triton") and _gpu_assumed:
         return RUNS
     if backend == "torch" or device == {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}[backend]:
         return RUNS

@@ -141,6 +141,15 @@ class Op:
             ok, reason = native.backend_available(backend, implementation.symbol)
         return implementation.can_run(*args) if ok else (ok, reason)
 
+    @torch.compiler.assume_constant_result  # not for torch.compile to look into
+    def has_kernel(self, device: str) -> bool:
+        """Whether `auto` has a backend of ours for tensors on a device of this type."""
+        return any(
+            native.backend_available(backend, implementation.symbol)[0]
+            for backend, implementation in self.backends.items()
+            if backend in AUTO.get(native.device_for_auto(device), ())
+        )
+
     def choose(self, args: Sequence[Any]) -> str:
         """The backend that this call runs on.
 

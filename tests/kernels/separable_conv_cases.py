@@ -6,12 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from unittest import mock
 
 import pytest
 import torch
-from numerics import error_of, value_and_gradients
+from numerics import ISAS, error_of, value_and_gradients
 from torch import Tensor
 
 from pnfs.kernels import native, separable_conv, use_backend
@@ -117,20 +116,9 @@ def run(case: Case, device: str = "cpu") -> list[Tensor]:
     return value_and_gradients(lambda *leaves: call(case.with_tensors(leaves)), tensors)
 
 
-@cache
-def cpu_has(isa: str) -> bool:
-    tiny = random_case((1, 1, 1, 1, 1), 1)
-    with mock.patch.dict(os.environ, PNFS_ISA=isa), use_backend("cpp"):
-        try:
-            call(tiny)
-        except RuntimeError:
-            return False
-    return True
-
-
 @contextmanager
 def using(backend: str, isa: str) -> Iterator[None]:
-    if isa and not cpu_has(isa):
+    if isa and isa not in ISAS:
         pytest.skip(f"this CPU has no {isa}")
     with mock.patch.dict(os.environ, PNFS_ISA=isa), use_backend(backend):
         yield

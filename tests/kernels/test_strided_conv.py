@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -14,7 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import error_of, memory_filled_with_nan, results_by_threads, value_and_gradients
+from numerics import (
+    ISAS,
+    error_of,
+    memory_filled_with_nan,
+    results_by_threads,
+    value_and_gradients,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -56,19 +61,9 @@ def call(*inputs: Tensor, stats: bool = True) -> tuple[Tensor, ...]:
     return (y, mean, var) if stats else (y,)
 
 
-@cache
-def cpu_has(isa: str) -> bool:
-    with mock.patch.dict(os.environ, PNFS_ISA=isa), use_backend("cpp"):
-        try:
-            call(*random_inputs((1, 1, 1, 1, 1), 1))
-        except RuntimeError:
-            return False
-    return True
-
-
 @contextmanager
 def using(backend: str, isa: str) -> Iterator[None]:
-    if isa and not cpu_has(isa):
+    if isa and isa not in ISAS:
         pytest.skip(f"this CPU has no {isa}")
     with mock.patch.dict(os.environ, PNFS_ISA=isa), use_backend(backend):
         yield

@@ -314,7 +314,11 @@ def _cost_triton(args: Sequence[Any], outputs: Any) -> OpCost:
     if batch_norm_once.takes(args[0]):
         return _cost(1, args, outputs)
     cost = _cost(2, args, outputs)
-    return cost if cost.launches == 1 else replace(cost, scratch=partial_bytes(args[0], False))
+    return (
+        cost
+        if cost.launches == 1
+        else replace(cost, scratch=partial_bytes(args[0], backward=False))
+    )
 
 
 def _cost_triton_backward(args: Sequence[Any], outputs: Any) -> OpCost:
@@ -326,8 +330,9 @@ def _cost_triton_backward(args: Sequence[Any], outputs: Any) -> OpCost:
     if batch and batch_norm_once.takes(x):
         return _cost_backward(1, args, outputs)
     if batch:
-        return replace(_cost_backward(2, args, outputs), scratch=partial_bytes(x, True))
-    return OpCost(2, (3 if residual is None else 5) * x.nbytes)
+        return replace(_cost_backward(2, args, outputs), scratch=partial_bytes(x, backward=True))
+    scratch = partial_bytes(x, backward=True, merged_once=True)
+    return OpCost(1, (3 if residual is None else 5) * x.nbytes, scratch=scratch)
 
 
 OP = register_op("batch_norm_act", batch_norm_act_reference)

@@ -9,6 +9,7 @@ its consumer normalises on load.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -349,14 +350,47 @@ def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
     return OpCost(conv_macs=9 * len(args[2]) * outputs[0].numel())
 
 
+def scratch_cuda(x: Tensor, stencils: list[int], stride: int, backward: bool) -> int:
+    """Numbers that blocks leave for the second launch to add up; `depthwise_fanout_scratch` of
+    csrc/cuda says the same."""
+    p, n, c, h, w = x.shape
+    quads = 1 if x.dtype == torch.float32 else 2  # groups of four channels in 16 bytes
+    packets = -(-c // (4 * quads))
+    chunks = -(-packets * quads // 8)
+    groups = -(-packets // chunks) * quads
+    if not backward:  # sums of every tile of the results
+        columns = 12 if stride == 2 else 16
+        tiles = n * -(-h // stride // (8 // stride)) * -(-w // stride // columns)
+        return len(stencils) * p * tiles * 3 * c
+    tiles = n * -(-h // 8) * -(-w // 16)
+    per_block = -(-tiles // max(1, 2048 // (p * chunks)))
+    sums = 2 + 9 * sum(stencil > 0 for stencil in stencils)
+    return p * -(-tiles // per_block) * chunks * sums * groups * 4
+
+
+def _cost_cuda(args: Sequence[Any], outputs: Any) -> OpCost:
+    """With statistics a second launch, which merges them."""
+    x, stencils, stride, stats = args[0], args[1], args[7], args[9]
+    if not stats:
+        return _cost(args, outputs)
+    scratch = 2 * 4 * scratch_cuda(x, stencils, stride, backward=False)
+    return replace(_cost(args, outputs), launches=2, scratch=scratch)
+
+
+def _cost_cuda_backward(args: Sequence[Any], outputs: Any) -> OpCost:
+    """x's gradient and sums, then a launch that adds these up."""
+    return OpCost(2, scratch=2 * 4 * scratch_cuda(args[0], args[1], args[7], backward=True))
+
+
 OP = register_op("depthwise_fanout", depthwise_fanout_reference)
-_BACKENDS: tuple[tuple[Backend, str, Any], ...] = (
-    ("cpp", "_cpu", partial(_can_run, STORAGE_CPU)),
-    ("cuda", "_cuda", _can_run_cuda),
+_BACKENDS: tuple[tuple[Backend, str, Any, Any, Any], ...] = (
+    ("cpp", "_cpu", partial(_can_run, STORAGE_CPU), _cost, None),
+    ("cuda", "_cuda", _can_run_cuda, _cost_cuda, _cost_cuda_backward),
 )
-for _backend, _module, _verdict in _BACKENDS:
+for _backend, _module, _verdict, _fn_cost, _fn_backward_cost in _BACKENDS:
     OP.register_differentiable(
         _backend, partial(_forward, _module), _empty,
         partial(_gradients, _module), _empty_backward, _verdict,
-        setup_context=_setup_context, backward=_backward, cost=_cost, like_backward=_empty_backward,
+        setup_context=_setup_context, backward=_backward, like_backward=_empty_backward,
+        cost=_fn_cost, cost_backward=_fn_backward_cost,
     )  # fmt: skip

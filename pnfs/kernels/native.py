@@ -150,8 +150,8 @@ _gpu_assumed = False
 
 @contextmanager
 def gpu_assumed() -> Iterator[None]:
-    """Inside, Triton and CUDA kernels count as runnable on tensors of any device, and `auto` chooses
-    as on a GPU: for callers that look at launches and make none."""
+    """Inside, GPU kernels count as runnable on tensors of any device, and `auto` chooses as on a
+    GPU: for callers that look at launches and make none."""
     global _gpu_assumed
     before, _gpu_assumed = _gpu_assumed, True
     try:

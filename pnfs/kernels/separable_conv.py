@@ -353,12 +353,11 @@ def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
 
 
 def _cost_triton(args: Sequence[Any], outputs: Any) -> OpCost:
-    """One launch, and with statistics one that reads what the first has written for it."""
-    from pnfs.kernels.triton.separable_conv import partial_elements
+    """One launch, and with many statistics to merge one more; see `merges` there."""
+    from pnfs.kernels.triton.separable_conv import statistics_cost
 
-    stats = bool(args[7])
-    scratch = 2 * 4 * partial_elements(*args[:3]) if stats else 0
-    return replace(_cost(args, outputs), launches=1 + stats, scratch=scratch)
+    launches, numbers = statistics_cost(*args[:3]) if args[7] else (1, 0)
+    return replace(_cost(args, outputs), launches=launches, scratch=2 * 4 * numbers)
 
 
 def _cost_triton_backward(args: Sequence[Any], outputs: Any) -> OpCost:

@@ -10,10 +10,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from cuda_emulation import CSRC, HERE, RaceCheck
 
 from pnfs import kernels
-from pnfs.kernels import native
+from pnfs.kernels import checks, native
+from pnfs.kernels.depthwise_fanout import scratch_cuda
 
 OPS = sorted(name for name, op in kernels.ops().items() if "cuda" in op.backends)
 KERNELS = sorted(path for path in (CSRC / "cuda").glob("*.cu*"))
@@ -82,6 +84,25 @@ def test_a_launch_that_fails_names_op_kernel_and_shapes(emulated_module: ModuleT
             match=r"oks_nms: similar_kernel: launch failed: invalid configuration .* \(1 pose\)",
         ):
             native.call("_cuda", "oks_nms", *args, shapes="1 pose")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("stencils", "stride"), [([1], 1), ([2, -1, 1, 0], 2)])
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 960, 8, 6), (3, 24, 144, 33, 41), (2, 1, 5, 1, 1), (1, 24, 96, 128, 96)]
+)
+def test_what_passes_between_the_launches_of_depthwise_fanout(
+    emulated_module: ModuleType,
+    shape: tuple[int, ...],
+    stencils: list[int],
+    stride: int,
+    dtype: torch.dtype,
+) -> None:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    size, code = (*shape, x.stride(0), stride, 0), checks.DTYPE_CODES[dtype]
+    for backward in (False, True):
+        numbers = emulated_module.depthwise_fanout_scratch(stencils, size, code, backward)
+        assert scratch_cuda(x, stencils, stride, backward) == numbers
 
 
 def test_the_emulation_is_gone_after_its_block(emulated_module: ModuleType) -> None:

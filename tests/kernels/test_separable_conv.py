@@ -207,6 +207,23 @@ def test_a_mean_far_above_the_deviation(backend: str, device: str, isa: str) -> 
     torch.testing.assert_close(have[2].double(), want[2], rtol=1e-4, atol=0)
 
 
+@on_triton
+def test_many_sums_are_merged_by_a_second_launch(
+    backend: str, device: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either way adds the same sums in the same order."""
+    case = random_case((2, 3, 20, 9, 10), 40, AFFINE).to(device)
+    with using(backend, isa):
+        by_the_last = call(case)
+        with use_backend("torch"):
+            want = call(case.double())
+        monkeypatch.setattr("pnfs.kernels.triton.separable_conv.MERGED", 0)
+        by_a_launch = call(case)
+    for one, other, right in zip(by_the_last, by_a_launch, want, strict=True):
+        assert torch.equal(one, other)
+        assert error_of(one, right) <= DTYPES[torch.float32]
+
+
 @on_every_backend
 def test_any_layout(backend: str, device: str, isa: str) -> None:
     case = random_case((2, 1, 16, 4, 3) if INTERPRETED else (3, 2, 16, 6, 5), 8)

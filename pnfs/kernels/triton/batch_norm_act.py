@@ -3,8 +3,8 @@
 
 Two launches each way where the statistics are the batch's: one that leaves sums, and one that goes
 over the map again, each of whose programs merges the sums of its channels first. With given
-statistics the forward pass is one launch; the backward pass writes x's gradient where it takes the
-sums, and a second, small launch merges these.
+statistics either pass is one launch: the backward one writes x's gradient where it takes the sums,
+and the last program merges these.
 
 Arguments that several kernels take:
     x, residual, y, gy, gx, g_residual: (pixels, C).
@@ -22,18 +22,18 @@ import triton
 import triton.language as tl
 from torch import Tensor, cuda
 
+from pnfs.kernels.tickets import counters
 from pnfs.kernels.triton import OPTIONS
 from pnfs.kernels.triton.maps import (
     MAPS,
-    NUM_WARPS_MERGE,
     SUMS,
     TILE_MERGE,
     UNSPECIALISED,
     blocks_of,
     grid_of,
+    is_last,
     launch_statistics,
     load_float,
-    merge_tile,
     merged_statistics,
     new_partials,
     place,
@@ -177,13 +177,32 @@ def batch_norm_act_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def store_merged_gradients(
+    var, weight, results, partials, column, channels, blocks, eps, ROWS: tl.constexpr
+):
+    """results: the gradients of weight, bias, mean and var, from the sums of all blocks."""
+    g_weight, g_bias, g_mean, g_var = results
+    inside = column < channels
+    total, moment = totals(partials, column, blocks, channels, True, ROWS)
+    variance = tl.load(var + column, mask=inside, other=1.0).to(tl.float64)
+    rstd = 1 / tl.sqrt(variance + eps)
+    slope = tl.load(weight + column, mask=inside, other=0.0) * rstd
+    tl.store(g_bias + column, total.to(tl.float32), mask=inside)
+    tl.store(g_weight + column, moment.to(tl.float32), mask=inside)
+    tl.store(g_mean + column, (-slope * total).to(tl.float32), mask=inside)
+    tl.store(g_var + column, (-0.5 * slope * rstd * moment).to(tl.float32), mask=inside)
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def sums_kernel(
-    gy, x, residual, mean, var, weight, bias, gx, g_residual, partials, pixels, channels, eps,
-    steps, BATCH: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
+    gy, x, residual, mean, var, weight, bias, gx, g_residual, partials, results, counters,
+    pixels, channels, eps, steps, BATCH: tl.constexpr, RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
+    MERGE: tl.constexpr,
 ):  # fmt: skip
-    """Writes `partials`, with RESIDUAL its gradient, and, unless BATCH, that of x."""
+    """Writes `partials`, with RESIDUAL its gradient, and, unless BATCH, that of x; the last
+    program of some channels then `results`, see `store_merged_gradients`."""
     channels = channels // UNIT * UNIT  # says that UNIT divides it
     block, column = place(channels, COLS)
     middle, rstd = load_norm(mean, var, column, channels, eps)
@@ -194,9 +213,15 @@ def sums_kernel(
     )  # fmt: skip
     inside = column < channels
     to = partials + block * channels + column
-    every = tl.num_programs(0) // tl.cdiv(channels, COLS) * channels
+    across = tl.cdiv(channels, COLS)
+    blocks = tl.num_programs(0) // across
     tl.store(to, total, mask=inside)
-    tl.store(to + every, moment, mask=inside)
+    tl.store(to + blocks * channels, moment, mask=inside)
+    if not BATCH:  # noqa: SIM102  (one is known when compiling)
+        if is_last(counters + tl.program_id(0) % across, blocks):
+            store_merged_gradients(
+                var, weight, results, partials, column, channels, blocks, eps, MERGE
+            )
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -226,24 +251,6 @@ def gradient_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def merge_kernel(
-    var, weight, g_weight, g_bias, g_mean, g_var, partials, channels, eps, blocks,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """Gradients of weight, bias and given statistics from the sums of all blocks."""
-    _, column = place(channels, COLS)
-    inside = column < channels
-    total, moment = totals(partials, column, blocks, channels, True, ROWS)
-    variance = tl.load(var + column, mask=inside, other=1.0).to(tl.float64)
-    rstd = 1 / tl.sqrt(variance + eps)
-    slope = tl.load(weight + column, mask=inside, other=0.0) * rstd
-    tl.store(g_bias + column, total.to(tl.float32), mask=inside)
-    tl.store(g_weight + column, moment.to(tl.float32), mask=inside)
-    tl.store(g_mean + column, (-slope * total).to(tl.float32), mask=inside)
-    tl.store(g_var + column, (-0.5 * slope * rstd * moment).to(tl.float32), mask=inside)
-
-
 FORWARD, GRADIENT = (Tunable(kernel, *MAPS) for kernel in (batch_norm_act_kernel, gradient_kernel))
 BACKWARD_SUMS = Tunable(sums_kernel, *SUMS)
 
@@ -263,15 +270,17 @@ def _pass(x: Tensor, scale: float = 1.0) -> tuple[dict[str, int], int, int]:
 def _gradient_blocks(x: Tensor, scale: float = 1.0) -> tuple[dict[str, int], int, int]:
     """As `_pass`, for a kernel that does."""
     c = x.shape[1]
-    return blocks_of(_pixels(x), 1, c, tile_of(c, scale * TILE_GRADIENT), merged=True)
+    tile = tile_of(c, scale * TILE_GRADIENT)
+    tile, steps, blocks = blocks_of(_pixels(x), 1, c, tile, merged=True)
+    return {**tile, "MERGE": TILE_MERGE // tile["COLS"]}, steps, blocks
 
 
-def partial_bytes(x: Tensor, backward: bool) -> int:
-    """Written by the first launch, and read by every program of the second that has the channels,
-    where statistics are the batch's."""
+def partial_bytes(x: Tensor, *, backward: bool, merged_once: bool = False) -> int:
+    """Of the sums that programs leave: written once; read by the last program with the channels if
+    `merged_once`, else by every one of the next launch."""
     c = x.shape[1]
     blocks = (_gradient_blocks(x) if backward else sums_blocks(1, _pixels(x), c))[2]
-    return 4 * 2 * c * blocks * (1 + _pass(x)[2])
+    return 4 * 2 * c * blocks * (1 + (1 if merged_once else _pass(x)[2]))
 
 
 def launch(
@@ -323,14 +332,16 @@ def launch_backward(
     n, c, h, w = x.shape
     pixels = n * h * w
     norm = (mean, var, weight, bias)
+    results = None if batch else (g_weight, g_bias, g_mean, g_var)
     kind: dict[str, Any] = {"RESIDUAL": residual is not None, "ACTIVATION": activation}
 
     def sums(config: Config) -> Tensor:
         tile, steps, blocks = _gradient_blocks(x, config.scale)
         partials = new_partials((2, blocks, c), x)
+        merges = None if batch else counters(triton.cdiv(c, tile["COLS"]), x.device)
         sums_kernel[grid_of(blocks, 1, c, tile)](
-            gy, x, x if residual is None else residual, *norm, gx, g_residual, partials,
-            pixels, c, eps, steps, BATCH=batch, **kind, **tile,
+            gy, x, x if residual is None else residual, *norm, gx, g_residual, partials, results,
+            merges, pixels, c, eps, steps, BATCH=batch, **kind, **tile,
             num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
         return partials
@@ -338,11 +349,6 @@ def launch_backward(
     with cuda.device_of(x):
         partials = BACKWARD_SUMS.launch(sums, x, n, c, h, w, batch, *kind.values())
         if not batch:
-            merge = merge_tile(c)
-            merge_kernel[grid_of(1, 1, c, merge)](
-                var, weight, g_weight, g_bias, g_mean, g_var, partials, c, eps, partials.shape[1],
-                **merge, num_warps=NUM_WARPS_MERGE, **OPTIONS,
-            )  # fmt: skip
             return
         masked = residual is not None  # its gradient is the one behind the activation
         behind_it = 0 if masked else activation

@@ -125,6 +125,17 @@ def statistics_of_rows(x, block, steps, pixels, channels, column, ROWS: tl.const
     return mean, squares, count
 
 
+@triton.jit
+def is_last(counter, programs):
+    """Whether all others of `programs` that ask with this counter have asked before: what they have
+    stored can be read then. The counter is zero before the first and after the last."""
+    tl.debug_barrier()  # all threads of this program have stored
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def statistics_kernel(
     x, x_stride, partials, pixels, channels, steps,
@@ -168,14 +179,12 @@ def merged_statistics(
     return pivot + shift, tl.where(spread < 0, 0.0, spread)  # NaN stays
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def merge_statistics_kernel(
-    partials, offset, mean, var, pixels, per_block, blocks, channels,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+@triton.jit
+def store_merged_statistics(
+    partials, offset, mean, var, part, pixels, per_block, blocks, channels, column,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """mean, var: (P, C); see `merged_statistics`. offset (P, C), or None, is added to the mean."""
-    part = tl.program_id(1).to(tl.int64)
-    _, column = place(channels, COLS)
     own_mean, own_var = merged_statistics(
         partials, part, pixels, per_block, blocks, channels, column, ROWS
     )
@@ -184,6 +193,19 @@ def merge_statistics_kernel(
         own_mean += tl.load(offset + to, mask=column < channels, other=0.0).to(tl.float64)
     tl.store(mean + to, own_mean.to(tl.float32), mask=column < channels)
     tl.store(var + to, own_var.to(tl.float32), mask=column < channels)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def merge_statistics_kernel(
+    partials, offset, mean, var, pixels, per_block, blocks, channels,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """See `store_merged_statistics`."""
+    part = tl.program_id(1).to(tl.int64)
+    _, column = place(channels, COLS)
+    store_merged_statistics(
+        partials, offset, mean, var, part, pixels, per_block, blocks, channels, column, ROWS
+    )
 
 
 @triton.jit

@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pnfs.kernels import native
+from pnfs.kernels.tickets import counters
 from pnfs.kernels.triton import OPTIONS
-from pnfs.kernels.triton.maps import launch_merge_statistics, new_partials
+from pnfs.kernels.triton.maps import TILE_MERGE, launch_merge_statistics, new_partials
 from pnfs.kernels.triton.separable_gradients import factors_kernel, gradients_kernel, sum_kernel
 from pnfs.kernels.triton.separable_kernels import separable_conv_kernel
 from pnfs.kernels.triton.tuning import Config, Tunable
@@ -24,6 +25,7 @@ FORWARD_PIXELS = 64  # of a program of the forward pass
 FEW_CHANNELS = 64  # with so many, half the pixels where each has neighbours
 STEP_CHANNELS = 32  # that it reads of a pixel at a time
 MAX_OUTPUTS = 128
+MERGED = 20480  # numbers at most that a program merges behind the others
 PRODUCT_PIXELS = 32  # of a step of the backward pass, where it multiplies matrices
 PRODUCT_CHANNELS, PRODUCT_OUTPUTS = 64, 64
 STENCIL_PIXELS = {4: 32, 2: 16}  # the same where it has neighbours, by bytes of a value
@@ -68,7 +70,13 @@ def _rows(pixels: int, scale: float, c: int, o: int) -> int:
 def _forward_tile(c: int, o: int, neighbours: bool, scale: float = 1.0) -> dict[str, int]:
     pixels = FORWARD_PIXELS // 2 if neighbours and c <= FEW_CHANNELS else FORWARD_PIXELS
     sides = {"BLOCK_C": _side(c, STEP_CHANNELS), "BLOCK_O": _side(o, MAX_OUTPUTS)}
-    return {"BLOCK_M": _rows(pixels, scale, c, o), **sides, **_units(c, o)}
+    merge = max(1, TILE_MERGE // sides["BLOCK_O"])
+    return {"BLOCK_M": _rows(pixels, scale, c, o), **sides, "MERGE": merge, **_units(c, o)}
+
+
+def merges(blocks: int, o: int, tile: dict[str, int]) -> bool:
+    """Whether the last program of some outputs merges the statistics that `blocks` have left."""
+    return 2 * blocks * min(o, tile["BLOCK_O"]) <= MERGED
 
 
 def _backward_tile(c: int, o: int, item: int, scale: float = 1.0) -> dict[str, int]:
@@ -102,12 +110,13 @@ def _widths(
     return o * c, o if has_bias else 0, *of_norm, 0 if depthwise is None else 9 * c
 
 
-def partial_elements(x: Tensor, pointwise: Tensor, depthwise: Tensor | None) -> int:
-    """Numbers that pass from the first launch of the forward pass to the second."""
+def statistics_cost(x: Tensor, pointwise: Tensor, depthwise: Tensor | None) -> tuple[int, int]:
+    """Of the forward pass: launches, and numbers that programs leave to be merged."""
     p, n, c, h, w = x.shape
     o = pointwise.shape[1]
     tile = _forward_tile(c, o, depthwise is not None)
-    return 2 * p * o * triton.cdiv(n * h * w, tile["BLOCK_M"])
+    blocks = triton.cdiv(n * h * w, tile["BLOCK_M"])
+    return 1 if merges(blocks, o, tile) else 2, 2 * p * o * blocks
 
 
 def partial_elements_backward(
@@ -139,22 +148,23 @@ def launch(
     kind = {"NORMALISED": norm[0] is not None, "ACTIVATION": activation, "STATS": stats}
     kind |= _factors(x.dtype)
 
-    def run(config: Config) -> tuple[Tensor, int]:
+    def run(config: Config) -> None:
         tile = _forward_tile(c, o, depthwise is not None, config.scale)
-        blocks = triton.cdiv(pixels, tile["BLOCK_M"])
-        partials = new_partials((p, blocks, 2, o), x) if stats else mean_y
-        separable_conv_kernel[(blocks, triton.cdiv(o, tile["BLOCK_O"]), p)](
+        blocks, across = triton.cdiv(pixels, tile["BLOCK_M"]), triton.cdiv(o, tile["BLOCK_O"])
+        partials = new_partials((p, blocks, 2, o), x) if stats else None
+        at_once = merges(blocks, o, tile)
+        separable_conv_kernel[(blocks, across, p)](
             x, pointwise, depthwise, bias, tuple(norm), y, partials,
-            x.stride(0), c, o, pixels, h, w, dilation, eps,
+            (mean_y, var_y) if stats else None, counters(p * across, x.device) if stats else None,
+            x.stride(0), c, o, pixels, h, w, dilation, eps, int(at_once),
             **kind, **tile, num_warps=config.num_warps, **OPTIONS,
         )  # fmt: skip
-        return partials, tile["BLOCK_M"]
+        if partials is not None and not at_once:
+            launch_merge_statistics(partials, mean_y, var_y, pixels, tile["BLOCK_M"], bias)
 
     with torch.cuda.device_of(x):
         exact = (p, c, o, h, w, dilation, depthwise is not None, *kind.values())
-        partials, of_block = FORWARD.launch(run, x, n, *exact)
-        if stats:
-            launch_merge_statistics(partials, mean_y, var_y, pixels, of_block, bias)
+        FORWARD.launch(run, x, n, *exact)
 
 
 def launch_backward(

@@ -7,8 +7,8 @@ elements apart. z is the normalised x, t the depthwise result.
 A program has a block of pixels and as many outputs as its registers hold; z and t live there
 alone. Of every few channels it reads the nine neighbours of x, eight of them from cache, and
 multiplies by the weights, which stay in the L2 cache. With statistics it leaves mean and squared
-deviation of its block for a second launch: those before the bias, which may be far above the
-deviation and would cost it digits.
+deviation of its block, before the bias, which may be far above the deviation and would cost it
+digits: for the last program of some outputs, where those are few, or for a second launch.
 
 Products of float32 maps are three of TF32 each ("tf32x3"), as good as float32; one where
 torch.backends.cuda.matmul.fp32_precision is "tf32". Factors of half types are rounded to the map's
@@ -27,10 +27,16 @@ import triton
 import triton.language as tl
 
 from pnfs.kernels.triton.batch_norm_act import activated
-from pnfs.kernels.triton.maps import load_float, store_as, store_statistics
+from pnfs.kernels.triton.maps import (
+    is_last,
+    load_float,
+    store_as,
+    store_merged_statistics,
+    store_statistics,
+)
 
 # Arguments that follow the batch; see `pnfs.kernels.triton.maps`.
-UNSPECIALISED = ("pixels", "share", "rows", "dilation")
+UNSPECIALISED = ("pixels", "share", "rows", "dilation", "merges")
 
 
 @triton.jit
@@ -104,14 +110,15 @@ def load_weights(pointwise, p, o, c, outputs, channels, mask):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def separable_conv_kernel(
-    x, pointwise, depthwise, bias, norm, y, partials,
-    x_part, channels, outputs, pixels, h, w, dilation, eps,
+    x, pointwise, depthwise, bias, norm, y, partials, statistics, counters,
+    x_part, channels, outputs, pixels, h, w, dilation, eps, merges,
     NORMALISED: tl.constexpr, ACTIVATION: tl.constexpr, STATS: tl.constexpr,
     FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    C_UNIT: tl.constexpr, O_UNIT: tl.constexpr,
+    C_UNIT: tl.constexpr, O_UNIT: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """y, and with STATS partials (P, blocks of pixels, 2, O), of y without its bias."""
+    """y, and with STATS partials (P, blocks of pixels, 2, O), of y without its bias; statistics:
+    mean and var, written if `merges`."""
     channels = channels // C_UNIT * C_UNIT  # says that it is a multiple
     outputs = outputs // O_UNIT * O_UNIT
     block = tl.program_id(0)
@@ -145,3 +152,11 @@ def separable_conv_kernel(
     places = tl.arange(0, BLOCK_M)[:, None] * outputs + o[None, :]
     own = y + p.to(tl.int64) * pixels * outputs
     store_as(own + tile_from(first, places, outputs), total, inside[:, None] & o_mask[None, :])
+    if STATS:  # noqa: SIM102  (one is known when compiling)
+        if merges:
+            counter = counters + p * tl.num_programs(1) + tl.program_id(1)
+            if is_last(counter, tl.num_programs(0)):
+                store_merged_statistics(
+                    partials, bias, statistics[0], statistics[1], p.to(tl.int64), pixels, BLOCK_M,
+                    tl.num_programs(0), outputs, o, MERGE,
+                )  # fmt: skip

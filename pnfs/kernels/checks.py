@@ -23,6 +23,7 @@ RUNS: Verdict = (True, "")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STORAGE = tuple(DTYPE_CODES)  # types that compiled kernels keep maps in
 STORAGE_CPU = (torch.float32, torch.bfloat16)  # those of the CPU's
+TRITON_PIXELS = 2**30  # of a part: Triton kernels count them in 32 bits
 
 
 Activation = Literal["none", "relu", "relu6"]
@@ -200,6 +201,16 @@ def stacked_strides(shape: Sequence[int]) -> tuple[int, ...]:
 def has_batch(x: Tensor) -> Verdict:
     """Whether there is anything to compute."""
     return RUNS if x.numel() else no("the batch is empty")
+
+
+def fits_triton(x: Tensor) -> Verdict:
+    """Whether a stacked map has as few pixels as Triton kernels count."""
+    pixels = x.shape[1] * x.shape[3] * x.shape[4]
+    return (
+        RUNS
+        if pixels < TRITON_PIXELS
+        else no(f"{pixels} pixels in a part, takes less than {TRITON_PIXELS}")
+    )
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

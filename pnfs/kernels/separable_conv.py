@@ -24,8 +24,6 @@ from pnfs.kernels.checks import ACTIVATIONS, STORAGE, STORAGE_CPU, Activation, V
 from pnfs.kernels.registry import Backend, OpCost, register_op
 from pnfs.kernels.shared import PassOn, SharedMap, unshared
 
-TRITON_PIXELS = 2**30  # of a part: Triton kernels count them in 32 bits
-
 
 def separable_conv(
     x: Tensor | SharedMap,
@@ -339,10 +337,9 @@ def _can_run(x: Tensor, *_: Any) -> Verdict:
 
 
 def _can_run_triton(x: Tensor, *_: Any) -> Verdict:
-    pixels = x.shape[1] * x.shape[3] * x.shape[4]
-    if pixels >= TRITON_PIXELS:
-        return checks.no(f"{pixels} pixels in a part, takes less than {TRITON_PIXELS}")
-    return checks.all_of(checks.has_batch(x), checks.has_dtype("x", x.dtype, STORAGE))
+    return checks.all_of(
+        checks.has_batch(x), checks.has_dtype("x", x.dtype, STORAGE), checks.fits_triton(x)
+    )
 
 
 def _cost(args: Sequence[Any], outputs: Any) -> OpCost:

@@ -8,6 +8,7 @@ normalises the result on load, so its statistics travel beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from pnfs.errors import PnfsError
 from pnfs.kernels import checks, native
 from pnfs.kernels.batch_stats import batch_stats, statistics_gradients
 from pnfs.kernels.checks import STORAGE, STORAGE_CPU, Verdict
-from pnfs.kernels.registry import OpCost, register_op
+from pnfs.kernels.registry import Backend, OpCost, register_op
 from pnfs.kernels.shared import PassOn, SharedMap, unshared
 
 Forward = tuple[Tensor, Tensor, Tensor]
@@ -149,6 +150,34 @@ def _cpp_backward(
     return gradients
 
 
+def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, stats: bool) -> Forward:
+    # Imported at the first call: triton takes a second to load and exists on Linux alone.
+    from pnfs.kernels.triton.strided_conv import launch
+
+    results = _empty(x, weight, bias, stats)
+    launch(x, weight.contiguous(), checks.contiguous(bias)[0], *results)
+    return results
+
+
+def _triton_backward(
+    x: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    gy: Tensor,
+    y: Tensor | None,
+    mean_y: Tensor | None,
+    g_mean_y: Tensor | None,
+    g_var_y: Tensor | None,
+    more: Tensor | None = None,
+) -> list[Tensor]:
+    from pnfs.kernels.triton.strided_conv import launch_backward
+
+    gradients = _empty_backward(x, weight, has_bias)
+    of_stats = [y, *checks.contiguous(mean_y, g_mean_y, g_var_y)]
+    launch_backward(x, weight.contiguous(), has_bias, gy, of_stats, more, gradients)
+    return gradients
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     x, weight, bias, stats = inputs
     ctx.has_bias = bias is not None
@@ -188,9 +217,40 @@ def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
     return OpCost(conv_macs=n * h * w * args[1].numel())
 
 
+def _can_run_triton(x: Tensor, *_: Any) -> Verdict:
+    return checks.all_of(
+        checks.has_batch(x), checks.has_dtype("x", x.dtype, STORAGE), checks.fits_triton(x)
+    )
+
+
+def _cost_triton(args: Sequence[Any], outputs: Any) -> OpCost:
+    """One launch, and with many statistics to merge one more."""
+    from pnfs.kernels.triton.strided_conv import statistics_cost
+
+    x, weight, _, stats = args
+    launches, numbers = statistics_cost(x, weight.shape[1]) if stats else (1, 0)
+    return replace(_cost(args, outputs), launches=launches, scratch=2 * 4 * numbers)
+
+
+def _cost_triton_backward(args: Sequence[Any], outputs: Any) -> OpCost:
+    """Two launches, the second to add up what the first has written for it; that reads x and the
+    gradient of the whole y for the weights, and the latter again for x's gradient."""
+    from pnfs.kernels.triton.strided_conv import partial_elements_backward
+
+    x, weight, has_bias, gy, y = args[:5]
+    scratch = 2 * 4 * partial_elements_backward(x, weight.shape[1], has_bias)
+    return OpCost(2, scratch=scratch + gy.nbytes + (0 if y is None else y.nbytes))
+
+
 OP = register_op("strided_conv", strided_conv_reference)
-OP.register_differentiable(
-    "cpp", _cpp, _empty, _cpp_backward, _empty_backward, _can_run,
-    setup_context=_setup_context, backward=_backward, cost=_cost,
-)  # fmt: skip
+_BACKENDS: tuple[tuple[Backend, Any, Any, Any, Any, Any], ...] = (
+    ("cpp", _cpp, _cpp_backward, _cost, None, _can_run),
+    ("triton", _triton, _triton_backward, _cost_triton, _cost_triton_backward, _can_run_triton),
+)
+for _backend, _fn, _fn_backward, _fn_cost, _fn_backward_cost, _verdict in _BACKENDS:
+    OP.register_differentiable(
+        _backend, _fn, _empty, _fn_backward, _empty_backward, _verdict,
+        setup_context=_setup_context, backward=_backward,
+        cost=_fn_cost, cost_backward=_fn_backward_cost,
+    )  # fmt: skip
 _PASS_ON = PassOn(OP, _setup_context, _backward)

@@ -217,7 +217,7 @@ def test_many_sums_are_merged_by_a_second_launch(
         by_the_last = call(case)
         with use_backend("torch"):
             want = call(case.double())
-        monkeypatch.setattr("pnfs.kernels.triton.separable_conv.MERGED", 0)
+        monkeypatch.setattr("pnfs.kernels.triton.products.MERGED", 0)
         by_a_launch = call(case)
     for one, other, right in zip(by_the_last, by_a_launch, want, strict=True):
         assert torch.equal(one, other)

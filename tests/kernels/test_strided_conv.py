@@ -11,12 +11,15 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import (
     ISAS,
+    check_every_value_is_written_and_equal_in_every_run,
     error_of,
+    examples,
     memory_filled_with_nan,
+    opcheck,
     results_by_threads,
     value_and_gradients,
 )
@@ -25,18 +28,25 @@ from torch.nn import functional as F
 
 from pnfs.errors import PnfsError
 from pnfs.kernels import SharedMap, native, strided_conv, use_backend
+from pnfs.kernels.registry import op_costs
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 needs_cpp = pytest.mark.skipif(
     not native.has_function("_cpu", "strided_conv")[0],
     reason=native.has_function("_cpu", "strided_conv")[1] or "-",
 )
+INTERPRETED = native.triton_interpreted()  # Triton's kernels run in its interpreter
+if INTERPRETED:  # which cuts bfloat16 off
+    DTYPES[torch.bfloat16] = 2**-6
 BACKENDS = [
-    pytest.param("torch", ""),
-    *(pytest.param("cpp", isa, marks=needs_cpp) for isa in ("avx512", "avx2", "portable")),
+    pytest.param("torch", "cpu", ""),
+    *(pytest.param("cpp", "cpu", isa, marks=needs_cpp) for isa in ("avx512", "avx2", "portable")),
+    pytest.param("triton", "cpu", ""),
+    pytest.param("triton", "cuda", "", marks=pytest.mark.gpu),
 ]
-on_every_backend = pytest.mark.parametrize(("backend", "isa"), BACKENDS)
-on_every_kernel = pytest.mark.parametrize(("backend", "isa"), BACKENDS[1:])
+on_every_backend = pytest.mark.parametrize(("backend", "device", "isa"), BACKENDS)
+on_every_kernel = pytest.mark.parametrize(("backend", "device", "isa"), BACKENDS[1:])
+on_triton = pytest.mark.parametrize(("backend", "device", "isa"), BACKENDS[4:])
 
 Inputs = list[Tensor]  # x, weight, and bias if there is one
 
@@ -69,21 +79,23 @@ def using(backend: str, isa: str) -> Iterator[None]:
         yield
 
 
-def check(inputs: Inputs, backend: str, isa: str, *, stats: bool = True) -> list[Tensor]:
+def check(
+    inputs: Inputs, backend: str, device: str, isa: str, *, stats: bool = True
+) -> list[Tensor]:
     def run(*leaves: Tensor) -> tuple[Tensor, ...]:
         return call(*leaves, stats=stats)
 
     with use_backend("torch"):
         want = value_and_gradients(run, [tensor.double() for tensor in inputs])
     with using(backend if inputs[0].numel() else "auto", isa):
-        have = value_and_gradients(run, inputs)
+        have = value_and_gradients(run, [tensor.to(device) for tensor in inputs])
     p, n, _, h, w = inputs[0].shape
     assert have[0].dtype == inputs[0].dtype
     assert have[0].shape == (p, n, inputs[1].shape[1], (h + 1) // 2, (w + 1) // 2)
     assert have[0].permute(0, 1, 3, 4, 2).is_contiguous()
     names = ["y", "mean_y", "var_y"][: 3 if stats else 1]
     names += [f"gradient of {name}" for name in ("x", "weight", "bias")[: len(inputs)]]
-    allowed = DTYPES[inputs[0].dtype]
+    allowed = DTYPES[inputs[0].dtype] * (2 if device == "cuda" else 1)  # factors are rounded too
     for name, result, right in zip(names, have, want, strict=True):
         error = error_of(result, right)
         assert error <= allowed, f"{name} is off by {error:.2e}"
@@ -117,24 +129,34 @@ def test_gradcheck_of_the_reference() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("stats", [True, False])
 def test_equals_the_float64_reference(
-    backend: str, isa: str, dtype: torch.dtype, bias: bool, stats: bool
+    backend: str, device: str, isa: str, dtype: torch.dtype, bias: bool, stats: bool
 ) -> None:
-    for size in ((14, 18), (13, 17)):
-        inputs = random_inputs((2, 2, 36, *size), 80, bias=bias, dtype=dtype)
-        check(inputs, backend, isa, stats=stats)
+    for size in ((5, 4),) if INTERPRETED else ((14, 18), (13, 17)):
+        c, out = (20, 12) if INTERPRETED else (36, 80)
+        inputs = random_inputs((2, 2, c, *size), out, bias=bias, dtype=dtype)
+        check(inputs, backend, device, isa, stats=stats)
 
 
 @on_every_backend
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_any_shape(backend: str, isa: str, data: st.DataObject) -> None:
-    channels = st.one_of(st.integers(1, 20), st.sampled_from([32, 48, 64, 80, 130]))
+def test_any_shape(backend: str, device: str, isa: str) -> None:
+    @examples(6 if INTERPRETED else 25, device)
+    @given(data=st.data())
+    def any_case(data: st.DataObject) -> None:
+        check_any_shape(data, backend, device, isa)
+
+    any_case()
+
+
+def check_any_shape(data: st.DataObject, backend: str, device: str, isa: str) -> None:
+    channels = st.one_of(
+        st.integers(1, 20), st.sampled_from([32] if INTERPRETED else [32, 48, 64, 80, 130])
+    )
     shape = (
-        data.draw(st.integers(1, 8)),
+        data.draw(st.integers(1, 2 if INTERPRETED else 8)),
         data.draw(st.integers(0, 3)),
         data.draw(channels),
-        data.draw(st.integers(1, 17)),
-        data.draw(st.integers(1, 23)),
+        data.draw(st.integers(1, 7 if INTERPRETED else 17)),
+        data.draw(st.integers(1, 9 if INTERPRETED else 23)),
     )
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     # The gradient through var_y is 2 (y - mean_y) / count, of a y that was rounded to its storage:
@@ -147,13 +169,15 @@ def test_any_shape(backend: str, isa: str, data: st.DataObject) -> None:
         dtype=dtype,
         seed=data.draw(st.integers(0, 99)),
     )
-    check(inputs, backend, isa, stats=data.draw(st.booleans()) and enough)
+    check(inputs, backend, device, isa, stats=data.draw(st.booleans()) and enough)
 
 
 @on_every_kernel
 @pytest.mark.parametrize(
     ("shape", "out"),
-    [
+    [((1, 1, 70, 3, 2), 130), ((2, 1, 8, 25, 22), 8)]  # blocks of every axis
+    if INTERPRETED
+    else [
         ((1, 1, 16, 64, 48), 16),  # an image in blocks
         ((2, 14, 32, 16, 12), 130),  # several images to a piece of the weights' gradient
         ((1, 6, 32, 112, 104), 96),  # results that bypass the caches
@@ -162,40 +186,40 @@ def test_any_shape(backend: str, isa: str, data: st.DataObject) -> None:
     ],
 )
 def test_every_way_to_cut_the_work(
-    backend: str, isa: str, shape: tuple[int, int, int, int, int], out: int
+    backend: str, device: str, isa: str, shape: tuple[int, int, int, int, int], out: int
 ) -> None:
-    check(random_inputs(shape, out), backend, isa)
+    check(random_inputs(shape, out), backend, device, isa)
 
 
 @on_every_backend
-def test_a_mean_far_above_the_deviation(backend: str, isa: str) -> None:
+def test_a_mean_far_above_the_deviation(backend: str, device: str, isa: str) -> None:
     x, weight = random_inputs((2, 3, 20, 16, 15), 24, bias=False)
     x[..., 1:, 1:] += 1e3
     inputs = [x[..., 1:, 1:].abs().clone(), weight.abs(), torch.full((2, 24), 1e3)]
     with use_backend("torch"):
         want = call(*(tensor.double() for tensor in inputs))
     with using(backend, isa):
-        have = call(*inputs)
+        have = [result.cpu() for result in call(*(tensor.to(device) for tensor in inputs))]
     torch.testing.assert_close(have[1].double(), want[1], rtol=1e-6, atol=0)
     torch.testing.assert_close(have[2].double(), want[2], rtol=1e-4, atol=0)
 
 
 @on_every_backend
-def test_any_layout(backend: str, isa: str) -> None:
-    x, weight, bias = random_inputs((3, 2, 16, 6, 5), 8)
-    plain = check([x, weight, bias], backend, isa)
-    contiguous = check([x.contiguous(), weight, bias], backend, isa)
-    strided = check([torch.stack((x,) * 2, -1)[..., 0], weight, bias], backend, isa)
-    turned = check([x, weight.mT.contiguous().mT, bias], backend, isa)
-    check([x[:1].expand_as(x), weight, bias], backend, isa)
+def test_any_layout(backend: str, device: str, isa: str) -> None:
+    x, weight, bias = random_inputs((2, 1, 8, 4, 3) if INTERPRETED else (3, 2, 16, 6, 5), 8)
+    plain = check([x, weight, bias], backend, device, isa)
+    contiguous = check([x.contiguous(), weight, bias], backend, device, isa)
+    strided = check([torch.stack((x,) * 2, -1)[..., 0], weight, bias], backend, device, isa)
+    turned = check([x, weight.mT.contiguous().mT, bias], backend, device, isa)
+    check([x[:1].expand_as(x), weight, bias], backend, device, isa)
     for other in (contiguous, strided, turned):
         assert torch.equal(plain[0], other[0])
 
 
 @on_every_backend
-def test_results_without_a_gradient(backend: str, isa: str) -> None:
+def test_results_without_a_gradient(backend: str, device: str, isa: str) -> None:
     """A loss of y alone, and one of the statistics alone."""
-    inputs = random_inputs((2, 2, 16, 5, 6), 24)
+    inputs = random_inputs((1, 1, 8, 3, 4) if INTERPRETED else (2, 2, 16, 5, 6), 24)
     for kept in (slice(0, 1), slice(1, 2), slice(2, 3)):
 
         def some(*leaves: Tensor, kept: slice = kept) -> tuple[Tensor, ...]:
@@ -204,7 +228,7 @@ def test_results_without_a_gradient(backend: str, isa: str) -> None:
         with use_backend("torch"):
             want = value_and_gradients(some, [t.double() for t in inputs])
         with using(backend, isa):
-            have = value_and_gradients(some, inputs)
+            have = value_and_gradients(some, [t.to(device) for t in inputs])
         for result, right in zip(have, want, strict=True):
             assert error_of(result, right) <= DTYPES[torch.float32]
 
@@ -212,10 +236,10 @@ def test_results_without_a_gradient(backend: str, isa: str) -> None:
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_a_map_with_several_readers(
-    backend: str, isa: str, dtype: torch.dtype
+    backend: str, device: str, isa: str, dtype: torch.dtype
 ) -> None:
     """Two convolutions read x, and after them a square, or nothing."""
-    inputs = random_inputs((2, 3, 20, 9, 7), 16, dtype=dtype)
+    inputs = random_inputs((1, 2, 8, 5, 4) if INTERPRETED else (2, 3, 20, 9, 7), 16, dtype=dtype)
 
     def readers(share: bool, used: bool) -> Any:
         def call_all(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -230,7 +254,7 @@ def test_gradients_of_a_map_with_several_readers(
         with use_backend("torch"):
             want = value_and_gradients(readers(False, used), [t.double() for t in inputs])
         with using(backend, isa), memory_filled_with_nan():
-            have = value_and_gradients(readers(True, used), inputs)
+            have = value_and_gradients(readers(True, used), [t.to(device) for t in inputs])
         for result, right in zip(have, want, strict=True):
             assert error_of(result, right) <= 2 * DTYPES[dtype]
 
@@ -238,21 +262,21 @@ def test_gradients_of_a_map_with_several_readers(
 @on_every_backend
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_value_that_is_no_number_spoils_its_neighbours_alone(
-    backend: str, isa: str, bad: float
+    backend: str, device: str, isa: str, bad: float
 ) -> None:
     x, weight, bias = random_inputs((1, 2, 16, 9, 11), 20)
     x[0, 1, 3, 4, 10] = x[0, 1, 3, 7, 3] = bad
     with use_backend("torch"):
         want = call(x.double(), weight.double(), bias.double())[0]
     with using(backend, isa):
-        have = call(x, weight, bias)[0]
+        have = call(x.to(device), weight.to(device), bias.to(device))[0].cpu()
     assert torch.equal(have.isfinite(), want.isfinite())
 
 
 @on_every_backend
-def test_weights_of_the_maps_type(backend: str, isa: str) -> None:
+def test_weights_of_the_maps_type(backend: str, device: str, isa: str) -> None:
     inputs = random_inputs((2, 2, 16, 16, 10), 8, dtype=torch.bfloat16)
-    have = check([tensor.bfloat16() for tensor in inputs], backend, isa)
+    have = check([tensor.bfloat16() for tensor in inputs], backend, device, isa)
     assert have[-2].dtype == torch.bfloat16
 
 
@@ -261,6 +285,66 @@ def test_without_stats_there_are_none() -> None:
         with use_backend(backend):
             _, mean, var = strided_conv(*random_inputs((1, 1, 4, 3, 3), 2), stats=False)
         assert mean.shape == var.shape == (0,)
+
+
+@on_triton
+def test_triton_writes_every_value_and_the_same_in_every_run(
+    backend: str, device: str, isa: str
+) -> None:
+    inputs = [t.to(device) for t in random_inputs((2, 2, 8, 7, 6), 24)]
+    with using(backend, isa):
+        check_every_value_is_written_and_equal_in_every_run(
+            lambda: value_and_gradients(call, inputs)
+        )
+
+
+@on_triton
+def test_many_sums_are_merged_by_a_second_launch(
+    backend: str, device: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [t.to(device) for t in random_inputs((2, 3, 20, 9, 10), 40)]
+    with using(backend, isa):
+        by_the_last = call(*inputs)
+        monkeypatch.setattr("pnfs.kernels.triton.products.MERGED", 0)
+        by_a_launch = call(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(by_the_last, by_a_launch, strict=True))
+
+
+@on_triton
+@pytest.mark.parametrize("stats", [True, False])
+def test_opcheck_of_triton(backend: str, device: str, isa: str, stats: bool) -> None:
+    inputs = [t.to(device) for t in random_inputs((1, 1, 5, 3, 4), 6)]
+    opcheck("strided_conv_triton", *inputs, stats)
+
+
+def test_what_a_gpu_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "backend_available", lambda *_: (True, ""))
+    monkeypatch.setattr(native, "backend_fits", lambda *_: (True, ""))
+    x, weight, bias = random_inputs((1, 1, 2, 1, 1), 2)
+    meta = [tensor.to("meta") for tensor in (x, weight, bias)]
+    pixels = torch.empty(1, 2**10, 2**10, 2**10, 2, device="meta").permute(0, 1, 4, 2, 3)
+    for inputs, message in [
+        ([tensor.double() for tensor in (x, weight, bias)], "x is float64, takes float32, bf"),
+        ([x[:, :0], weight, bias], "the batch is empty"),
+        ([pixels, *meta[1:]], "1073741824 pixels in a part, takes less than 1073741824"),
+    ]:
+        with use_backend("triton"), pytest.raises(PnfsError, match=message):
+            strided_conv(*inputs)
+
+
+def test_costs_of_the_gpu() -> None:
+    """Statistics of 288 blocks of 64 pixels are merged by a second launch, those of 72 by the
+    last program."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    for size, launches in (((64, 48), 2), ((32, 24), 1)):
+        x, weight, bias = (t.to("meta") for t in random_inputs((3, 24, 16, *size), 128))
+        forward = op_costs["pnfs::strided_conv_triton"](
+            (x, weight, bias, True), (x[..., ::2, ::2],)
+        )
+        pixels = 24 * size[0] * size[1] // 4
+        assert forward.launches == launches
+        assert forward.scratch == 2 * 4 * 2 * 3 * 128 * pixels // 64
+        assert forward.conv_macs == pixels * weight.numel()
 
 
 @needs_cpp

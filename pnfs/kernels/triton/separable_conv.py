@@ -3,90 +3,56 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from pnfs.kernels import native
 from pnfs.kernels.tickets import counters
 from pnfs.kernels.triton import OPTIONS
 from pnfs.kernels.triton.maps import TILE_MERGE, launch_merge_statistics, new_partials
-from pnfs.kernels.triton.separable_gradients import factors_kernel, gradients_kernel, sum_kernel
+from pnfs.kernels.triton.products import factors, launch_sums, merges, rows, side, units
+from pnfs.kernels.triton.separable_gradients import factors_kernel, gradients_kernel
 from pnfs.kernels.triton.separable_kernels import separable_conv_kernel
 from pnfs.kernels.triton.tuning import Config, Tunable
 
-NUM_WARPS_SUM = 4
 FORWARD_PIXELS = 64  # of a program of the forward pass
 FEW_CHANNELS = 64  # with so many, half the pixels where each has neighbours
 STEP_CHANNELS = 32  # that it reads of a pixel at a time
 MAX_OUTPUTS = 128
-MERGED = 20480  # numbers at most that a program merges behind the others
 PRODUCT_PIXELS = 32  # of a step of the backward pass, where it multiplies matrices
 PRODUCT_CHANNELS, PRODUCT_OUTPUTS = 64, 64
 STENCIL_PIXELS = {4: 32, 2: 16}  # the same where it has neighbours, by bytes of a value
 STENCIL_CHANNELS = 32
 SHARE_PIXELS = 128  # of a program that leaves no sums; of others a multiple
 PROGRAMS = 576  # that leave sums, roughly: more of them would move more sums
-SUM_TILE = {"ROWS": 16, "COLS": 64}
 
 # The defaults are what was fastest on an H200 in float32 at the sizes of preset ours-1.
 FORWARD = Tunable(separable_conv_kernel, Config(4), Config(8, 0.5))
 FACTORS = Tunable(factors_kernel, Config(4), Config(8, 0.5))
 GRADIENTS = Tunable(gradients_kernel, Config(4), Config(8))
 
-KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # mean, var, gamma and beta, or None for each that there is not.
 Norm = Sequence[Tensor | None]
 
 
-def _factors(dtype: torch.dtype) -> dict[str, Any]:
-    """What is multiplied, and how. Triton's interpreter knows no products of bfloat16."""
-    if native.triton_interpreted():
-        return {"FACTOR": tl.float32, "PRECISION": "ieee"}
-    one_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {"FACTOR": KINDS[dtype], "PRECISION": "tf32" if one_tf32 else "tf32x3"}
-
-
-def _side(length: int, limit: int) -> int:
-    """Elements of an axis that a program holds; matrix products take 16 at least."""
-    return max(16, min(limit, triton.next_power_of_2(length)))
-
-
-def _units(c: int, o: int) -> dict[str, int]:
-    return {"C_UNIT": math.gcd(c, 16), "O_UNIT": math.gcd(o, 16)}
-
-
-def _rows(pixels: int, scale: float, c: int, o: int) -> int:
-    """Of a tile. Where channels are loaded one by one, each address takes registers."""
-    vectors = c % 4 == 0 and o % 4 == 0
-    return max(16, int(pixels * scale)) if vectors else 16
-
-
 def _forward_tile(c: int, o: int, neighbours: bool, scale: float = 1.0) -> dict[str, int]:
     pixels = FORWARD_PIXELS // 2 if neighbours and c <= FEW_CHANNELS else FORWARD_PIXELS
-    sides = {"BLOCK_C": _side(c, STEP_CHANNELS), "BLOCK_O": _side(o, MAX_OUTPUTS)}
+    sides = {"BLOCK_C": side(c, STEP_CHANNELS), "BLOCK_O": side(o, MAX_OUTPUTS)}
     merge = max(1, TILE_MERGE // sides["BLOCK_O"])
-    return {"BLOCK_M": _rows(pixels, scale, c, o), **sides, "MERGE": merge, **_units(c, o)}
-
-
-def merges(blocks: int, o: int, tile: dict[str, int]) -> bool:
-    """Whether the last program of some outputs merges the statistics that `blocks` have left."""
-    return 2 * blocks * min(o, tile["BLOCK_O"]) <= MERGED
+    return {"BLOCK_M": rows(pixels, scale, c, o), **sides, "MERGE": merge, **units(c, o)}
 
 
 def _backward_tile(c: int, o: int, item: int, scale: float = 1.0) -> dict[str, int]:
     return {
-        "BLOCK_M": _rows(PRODUCT_PIXELS, scale, c, o),
-        "BLOCK_C": _side(c, PRODUCT_CHANNELS),
-        "BLOCK_O": _side(o, PRODUCT_OUTPUTS),
-        "STENCIL_M": _rows(STENCIL_PIXELS[item], scale, c, c),
-        "STENCIL_C": _side(c, STENCIL_CHANNELS),
-        **_units(c, o),
+        "BLOCK_M": rows(PRODUCT_PIXELS, scale, c, o),
+        "BLOCK_C": side(c, PRODUCT_CHANNELS),
+        "BLOCK_O": side(o, PRODUCT_OUTPUTS),
+        "STENCIL_M": rows(STENCIL_PIXELS[item], scale, c, c),
+        "STENCIL_C": side(c, STENCIL_CHANNELS),
+        **units(c, o),
     }
 
 
@@ -96,9 +62,9 @@ def _shares(x: Tensor, o: int) -> tuple[int, int]:
     p, n, c, h, w = x.shape
     tile = _backward_tile(c, o, x.element_size())
     tiles = triton.cdiv(c, tile["BLOCK_C"]) * triton.cdiv(o, tile["BLOCK_O"])
-    units = triton.cdiv(n * h * w, SHARE_PIXELS)
-    of_share = triton.cdiv(units, triton.cdiv(PROGRAMS, p * tiles))
-    return triton.cdiv(units, of_share), of_share * SHARE_PIXELS
+    pieces = triton.cdiv(n * h * w, SHARE_PIXELS)
+    of_share = triton.cdiv(pieces, triton.cdiv(PROGRAMS, p * tiles))
+    return triton.cdiv(pieces, of_share), of_share * SHARE_PIXELS
 
 
 def _widths(
@@ -146,7 +112,7 @@ def launch(
     o, pixels = pointwise.shape[1], n * h * w
     stats = mean_y.numel() > 0
     kind = {"NORMALISED": norm[0] is not None, "ACTIVATION": activation, "STATS": stats}
-    kind |= _factors(x.dtype)
+    kind |= factors(x.dtype)
 
     def run(config: Config) -> None:
         tile = _forward_tile(c, o, depthwise is not None, config.scale)
@@ -194,12 +160,12 @@ def launch_backward(
     norm, of_stats = tuple(norm), tuple(of_stats)
     stats = of_stats[0] is not None
     kind: dict[str, Any] = {"NORMALISED": norm[0] is not None, "ACTIVATION": activation}
-    kind |= {"STATS": stats, **_factors(x.dtype)}
+    kind |= {"STATS": stats, **factors(x.dtype)}
     t = gt = None
     if depthwise is not None:
         t, gt = torch.empty_like(gx), torch.empty_like(gx, dtype=torch.float32)
 
-    def factors(config: Config) -> None:
+    def both_factors(config: Config) -> None:
         tile = _backward_tile(c, o, x.element_size(), config.scale)
         blocks = triton.cdiv(c, tile["STENCIL_C"]) + triton.cdiv(c, tile["BLOCK_C"])
         factors_kernel[(blocks, triton.cdiv(pixels, SHARE_PIXELS), p)](
@@ -221,10 +187,7 @@ def launch_backward(
     exact = (p, c, o, h, w, dilation, *kind.values())
     with torch.cuda.device_of(x):
         if depthwise is not None:
-            FACTORS.launch(factors, x, n, *exact)
+            FACTORS.launch(both_factors, x, n, *exact)
         has = (depthwise is not None, has_bias, more is not None)
         GRADIENTS.launch(all_gradients, x, n, *exact, *has)
-        sum_kernel[(triton.cdiv(count, SUM_TILE["COLS"]), p)](
-            partials, (g_pointwise, g_bias, *g_norm, g_depthwise), widths, splits, count,
-            **SUM_TILE, num_warps=NUM_WARPS_SUM, **OPTIONS,
-        )  # fmt: skip
+        launch_sums(partials, (g_pointwise, g_bias, *g_norm, g_depthwise), widths)

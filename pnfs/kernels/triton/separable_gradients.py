@@ -19,8 +19,8 @@ import triton.language as tl
 
 from pnfs.kernels.triton.batch_norm_act import behind
 from pnfs.kernels.triton.maps import load_float, store_as
+from pnfs.kernels.triton.products import UNSPECIALISED
 from pnfs.kernels.triton.separable_kernels import (
-    UNSPECIALISED,
     load_norm,
     load_t,
     load_weights,
@@ -331,21 +331,3 @@ def gradients_kernel(
                 share // STENCIL_M, x_part, channels, pixels, h, w, dilation, eps,
                 NORMALISED, ACTIVATION, STENCIL_M, STENCIL_C,
             )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def sum_kernel(partials, results, widths, rows, sums_count, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Σ over the rows of partials (P, rows, sums_count), cut into results of `widths` per part."""
-    p = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    total = tl.zeros((ROWS, COLS), tl.float64)
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        at = partials + (p * rows + row)[:, None] * sums_count + column[None, :]
-        mask = (row < rows)[:, None] & (column < sums_count)[None, :]
-        total += tl.load(at, mask=mask, other=0.0).to(tl.float64)
-    result = tl.sum(total, axis=0).to(tl.float32)
-    for i in tl.static_range(len(widths)):
-        mask = (column >= 0) & (column < widths[i])
-        tl.store(results[i] + p * widths[i] + column, result, mask=mask)
-        column -= widths[i]

@@ -34,9 +34,7 @@ from pnfs.kernels.triton.maps import (
     store_merged_statistics,
     store_statistics,
 )
-
-# Arguments that follow the batch; see `pnfs.kernels.triton.maps`.
-UNSPECIALISED = ("pixels", "share", "rows", "dilation", "merges")
+from pnfs.kernels.triton.products import UNSPECIALISED
 
 
 @triton.jit

@@ -62,6 +62,13 @@ def separable_conv(shape: tuple[int, ...], out: int, whole: bool, dtype: torch.d
     return y.float().sum() + mean.sum() + var.sum()
 
 
+def strided_conv(shape: tuple[int, ...], out: int, bias: bool, dtype: torch.dtype) -> Tensor:
+    p, _, c, _, _ = shape
+    biases = per_channel(p, out) if bias else None
+    y, mean, var = kernels.strided_conv(maps(*shape, dtype), per_channel(p, out, c, 3, 3), biases)
+    return y.float().sum() + mean.sum() + var.sum()
+
+
 def mixed_sum(shape: tuple[int, ...], branches: int, dtype: torch.dtype) -> Tensor:
     def stats() -> list[Tensor]:
         return [per_channel(shape[0], shape[2]) for _ in range(branches)]
@@ -118,7 +125,9 @@ def calls_of_ops() -> Iterator[tuple[str, Call]]:
                 yield "batch_norm_act", partial(batch_norm_act, shape, given_stats, dtype)
         for whole in (False, True):
             yield "separable_conv", partial(separable_conv, (3, 24, 40, 16, 12), 40, whole, dtype)
+        yield "strided_conv", partial(strided_conv, (3, 24, 40, 16, 12), 80, True, dtype)
     yield "separable_conv", partial(separable_conv, (1, 1, 1, 1, 1), 1, True, fp32)
+    yield "strided_conv", partial(strided_conv, (1, 1, 1, 1, 1), 1, False, fp32)
     yield "batch_stats", partial(batch_stats, (1, 1, 1, 1, 1), fp32)
     for dtype in HALF:
         yield "mixed_sum", partial(mixed_sum, (3, 24, 40, 64, 48), 7, dtype)
@@ -147,7 +156,10 @@ def check(usages: list[aot.Usage]) -> None:
     assert not spilling(usages)
     assert all(usage.registers > 0 for usage in usages)
     # Eight warps that have many bytes on their way each are enough where matrices are multiplied.
-    few = ("separable_conv_kernel", "factors_kernel", "gradients_kernel")
+    few = (
+        *("separable_conv_kernel", "factors_kernel", "gradients_kernel"),
+        *("strided_conv_kernel", "strided_gradients_kernel"),
+    )
     assert all(u.occupancy >= (0.12 if u.kernel in few else 0.25) for u in usages)
 
 
@@ -167,7 +179,7 @@ def test_the_kernels_of_whole_steps_compile_without_spills(
     check(usages)
     names = {usage.op for usage in usages}
     wanted = {"decode_heatmaps"} if step == "evaluation" else {"vector_heatmap_loss"}
-    wanted |= {"batch_norm_act", "mixed_sum", "scale_mix", "separable_conv"}
+    wanted |= {"batch_norm_act", "mixed_sum", "scale_mix", "separable_conv", "strided_conv"}
     assert names >= wanted | ({"batch_stats"} if step == "training step" else set())
 
 

@@ -31,7 +31,7 @@ PROGRAMS = 1024
 PROGRAMS_MERGED, BLOCKS_MERGED = 256, 128
 # Arguments that follow the batch: without this Triton would compile a kernel anew where one of them
 # becomes 1 or a multiple of 16, or ceases to be one. And channels, of which UNIT says more.
-UNSPECIALISED = ("pixels", "steps", "blocks", "per_block", "g_stride", "channels")
+UNSPECIALISED = ("pixels", "steps", "blocks", "per_block", "g_stride", "channels", "added")
 TILE_SUMS = 4096
 TILE_MERGE, NUM_WARPS_MERGE = 1024, 4
 
@@ -181,30 +181,33 @@ def merged_statistics(
 
 @triton.jit
 def store_merged_statistics(
-    partials, offset, mean, var, part, pixels, per_block, blocks, channels, column,
+    partials, offset, mean, var, part, pixels, per_block, blocks, channels, column, added,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """mean, var: (P, C); see `merged_statistics`. offset (P, C), or None, is added to the mean."""
+    """mean, var: (P, C); see `merged_statistics`. offset (P, C), or None, is added to the mean if
+    `added`."""
+    inside = column < channels
     own_mean, own_var = merged_statistics(
         partials, part, pixels, per_block, blocks, channels, column, ROWS
     )
     to = part * channels + column
     if offset is not None:
-        own_mean += tl.load(offset + to, mask=column < channels, other=0.0).to(tl.float64)
-    tl.store(mean + to, own_mean.to(tl.float32), mask=column < channels)
-    tl.store(var + to, own_var.to(tl.float32), mask=column < channels)
+        shift = tl.load(offset + to, mask=inside, other=0.0).to(tl.float64)
+        own_mean += tl.where(added != 0, shift, 0.0)
+    tl.store(mean + to, own_mean.to(tl.float32), mask=inside)
+    tl.store(var + to, own_var.to(tl.float32), mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def merge_statistics_kernel(
-    partials, offset, mean, var, pixels, per_block, blocks, channels,
+    partials, offset, mean, var, pixels, per_block, blocks, channels, added,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """See `store_merged_statistics`."""
     part = tl.program_id(1).to(tl.int64)
     _, column = place(channels, COLS)
     store_merged_statistics(
-        partials, offset, mean, var, part, pixels, per_block, blocks, channels, column, ROWS
+        partials, offset, mean, var, part, pixels, per_block, blocks, channels, column, added, ROWS
     )
 
 
@@ -305,7 +308,9 @@ def launch_merge_statistics(
     of the pixels plus `offset` (P, C)."""
     p, blocks, _, c = partials.shape
     tile = merge_tile(c)
+    # One kernel with an offset and without, lest one is compiled where a batch grows.
+    added, offset = int(offset is not None), partials if offset is None else offset
     merge_statistics_kernel[grid_of(1, p, c, tile)](
-        partials, offset, mean, var, pixels, per_block, blocks, c, **tile,
+        partials, offset, mean, var, pixels, per_block, blocks, c, added, **tile,
         num_warps=NUM_WARPS_MERGE, **OPTIONS,
     )  # fmt: skip

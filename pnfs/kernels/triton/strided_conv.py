@@ -131,7 +131,7 @@ def strided_conv_kernel(
             if is_last(counter, tl.num_programs(0)):
                 store_merged_statistics(
                     partials, bias, statistics[0], statistics[1], p.to(tl.int64), pixels, BLOCK_M,
-                    tl.num_programs(0), outputs, o, MERGE,
+                    tl.num_programs(0), outputs, o, 1, MERGE,
                 )  # fmt: skip
 
 

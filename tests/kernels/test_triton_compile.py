@@ -147,6 +147,14 @@ def calls_of_ops() -> Iterator[tuple[str, Call]]:
     yield "decode_heatmaps", partial(decode, fp32, False, True, (1, 1))
 
 
+def one_of_all(quick: int) -> pytest.MarkDecorator:
+    """Every architecture, the others than `quick` among the slow tests."""
+    others = [arch for arch in aot.ARCHITECTURES if arch != quick]
+    return pytest.mark.parametrize(
+        "arch", [quick, *(pytest.param(arch, marks=pytest.mark.slow) for arch in others)]
+    )
+
+
 def spilling(usages: list[aot.Usage]) -> list[aot.Usage]:
     return [usage for usage in usages if usage.local > 0]
 
@@ -163,13 +171,7 @@ def check(usages: list[aot.Usage]) -> None:
     assert all(u.occupancy >= (0.12 if u.kernel in few else 0.25) for u in usages)
 
 
-@pytest.mark.parametrize(
-    "arch",
-    [
-        pytest.param(arch, marks=[pytest.mark.slow] if arch != 90 else [])
-        for arch in aot.ARCHITECTURES
-    ],
-)
+@one_of_all(90)
 @pytest.mark.parametrize("dtype", aot.DTYPES)
 @pytest.mark.parametrize("step", aot.CALLS)
 def test_the_kernels_of_whole_steps_compile_without_spills(
@@ -196,16 +198,16 @@ def test_the_other_configurations_compile_without_spills(index: int, arch: int) 
             assert not spilling(usages)
 
 
+@one_of_all(80)  # of matrix products the one that takes most registers
 @pytest.mark.parametrize("op", [n for n, op in kernels.ops().items() if "triton" in op.backends])
-def test_every_kernel_compiles_without_spills(op: str) -> None:
-    for arch in aot.ARCHITECTURES:
-        usages: list[aot.Usage] = []
-        for name, call in calls_of_ops():
-            if name == op:
-                differentiate = call if op == "decode_heatmaps" else partial(differentiated, call)
-                usages += aot.compile_calls(differentiate, arch)
-        assert {usage.op for usage in usages} == {op}
-        check(usages)
+def test_every_kernel_compiles_without_spills(op: str, arch: int) -> None:
+    usages: list[aot.Usage] = []
+    for name, call in calls_of_ops():
+        if name == op:
+            differentiate = call if op == "decode_heatmaps" else partial(differentiated, call)
+            usages += aot.compile_calls(differentiate, arch)
+    assert {usage.op for usage in usages} == {op}
+    check(usages)
 
 
 def test_a_kernel_that_spills_is_reported() -> None:

@@ -332,6 +332,10 @@ def separable_conv(x: Tensor, weights: Tensor, depthwise: Tensor) -> tuple[Tenso
     return kernels.separable_conv(x, weights, depthwise=depthwise)
 
 
+def strided_conv(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return kernels.strided_conv(x, weight, stats=True)
+
+
 def heatmap(*vectors: Tensor) -> Tensor:
     return kernels.vector_heatmap(vectors, [[0, 1], [1, 2]], 3)
 
@@ -372,6 +376,7 @@ def calls_of_ops() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
             separable_conv,
             [maps(2, 2, 20, 5, 7), torch.randn(2, 18, 20), torch.randn(2, 20, 3, 3)],
         ),
+        "strided_conv": (strided_conv, [maps(2, 2, 20, 5, 7), torch.randn(2, 18, 20, 3, 3)]),
         "vector_heatmap": (heatmap, vectors),
         "vector_heatmap_loss": (loss, vectors),
     }

@@ -351,9 +351,9 @@ def _cost(args: Sequence[Any], outputs: Any) -> OpCost:
 
 def _cost_triton(args: Sequence[Any], outputs: Any) -> OpCost:
     """One launch, and with many statistics to merge one more; see `merges` there."""
-    from pnfs.kernels.triton.separable_conv import statistics_cost
+    from pnfs.kernels.triton.separable_conv import forward_cost
 
-    launches, numbers = statistics_cost(*args[:3]) if args[7] else (1, 0)
+    launches, numbers = forward_cost(*args[:3]) if args[7] else (1, 0)
     return replace(_cost(args, outputs), launches=launches, scratch=2 * 4 * numbers)
 
 

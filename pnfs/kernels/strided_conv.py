@@ -225,10 +225,10 @@ def _can_run_triton(x: Tensor, *_: Any) -> Verdict:
 
 def _cost_triton(args: Sequence[Any], outputs: Any) -> OpCost:
     """One launch, and with many statistics to merge one more."""
-    from pnfs.kernels.triton.strided_conv import statistics_cost
+    from pnfs.kernels.triton.strided_conv import forward_cost
 
     x, weight, _, stats = args
-    launches, numbers = statistics_cost(x, weight.shape[1]) if stats else (1, 0)
+    launches, numbers = forward_cost(x, weight.shape[1]) if stats else (1, 0)
     return replace(_cost(args, outputs), launches=launches, scratch=2 * 4 * numbers)
 
 

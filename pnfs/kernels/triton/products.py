@@ -16,6 +16,7 @@ from pnfs.kernels import native
 from pnfs.kernels.triton import OPTIONS
 
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+SHARE_PIXELS = 128  # of a program that sums over pixels, a multiple of it
 MERGED = 20480  # numbers at most that a program merges behind the others
 SUM_TILE, NUM_WARPS_SUM = {"ROWS": 16, "COLS": 64}, 4
 # Arguments that follow the batch; see `pnfs.kernels.triton.maps`.
@@ -48,6 +49,21 @@ def rows(pixels: int, scale: float, c: int, o: int) -> int:
 def merges(blocks: int, o: int, tile: dict[str, int]) -> bool:
     """Whether the last program of some outputs merges the statistics that `blocks` have left."""
     return 2 * blocks * min(o, tile["BLOCK_O"]) <= MERGED
+
+
+def statistics_cost(p: int, o: int, pixels: int, tile: dict[str, int]) -> tuple[int, int]:
+    """Of a forward pass with statistics of p parts' o outputs: launches, and numbers that programs
+    leave to be merged."""
+    blocks = triton.cdiv(pixels, tile["BLOCK_M"])
+    return 1 if merges(blocks, o, tile) else 2, 2 * p * o * blocks
+
+
+def shares(pixels: int, blocks: int, programs: int) -> tuple[int, int]:
+    """How many programs share the pixels of each of `blocks` blocks of sums, where about `programs`
+    are wanted in all, and pixels of each; by shapes alone, as the sums' order depends on them."""
+    pieces = triton.cdiv(pixels, SHARE_PIXELS)
+    of_share = triton.cdiv(pieces, triton.cdiv(programs, blocks))
+    return triton.cdiv(pieces, of_share), of_share * SHARE_PIXELS
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

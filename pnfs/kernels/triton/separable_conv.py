@@ -13,7 +13,17 @@ from torch import Tensor
 from pnfs.kernels.tickets import counters
 from pnfs.kernels.triton import OPTIONS
 from pnfs.kernels.triton.maps import TILE_MERGE, launch_merge_statistics, new_partials
-from pnfs.kernels.triton.products import factors, launch_sums, merges, rows, side, units
+from pnfs.kernels.triton.products import (
+    SHARE_PIXELS,
+    factors,
+    launch_sums,
+    merges,
+    rows,
+    shares,
+    side,
+    statistics_cost,
+    units,
+)
 from pnfs.kernels.triton.separable_gradients import factors_kernel, gradients_kernel
 from pnfs.kernels.triton.separable_kernels import separable_conv_kernel
 from pnfs.kernels.triton.tuning import Config, Tunable
@@ -26,7 +36,6 @@ PRODUCT_PIXELS = 32  # of a step of the backward pass, where it multiplies matri
 PRODUCT_CHANNELS, PRODUCT_OUTPUTS = 64, 64
 STENCIL_PIXELS = {4: 32, 2: 16}  # the same where it has neighbours, by bytes of a value
 STENCIL_CHANNELS = 32
-SHARE_PIXELS = 128  # of a program that leaves no sums; of others a multiple
 PROGRAMS = 576  # that leave sums, roughly: more of them would move more sums
 
 # The defaults are what was fastest on an H200 in float32 at the sizes of preset ours-1.
@@ -57,14 +66,11 @@ def _backward_tile(c: int, o: int, item: int, scale: float = 1.0) -> dict[str, i
 
 
 def _shares(x: Tensor, o: int) -> tuple[int, int]:
-    """How many programs share the pixels of a part in the backward pass, and pixels of each; by
-    shapes alone, as the order of the sums depends on them."""
+    """Of the backward pass; see `shares`."""
     p, n, c, h, w = x.shape
     tile = _backward_tile(c, o, x.element_size())
     tiles = triton.cdiv(c, tile["BLOCK_C"]) * triton.cdiv(o, tile["BLOCK_O"])
-    pieces = triton.cdiv(n * h * w, SHARE_PIXELS)
-    of_share = triton.cdiv(pieces, triton.cdiv(PROGRAMS, p * tiles))
-    return triton.cdiv(pieces, of_share), of_share * SHARE_PIXELS
+    return shares(n * h * w, p * tiles, PROGRAMS)
 
 
 def _widths(
@@ -76,13 +82,11 @@ def _widths(
     return o * c, o if has_bias else 0, *of_norm, 0 if depthwise is None else 9 * c
 
 
-def statistics_cost(x: Tensor, pointwise: Tensor, depthwise: Tensor | None) -> tuple[int, int]:
-    """Of the forward pass: launches, and numbers that programs leave to be merged."""
+def forward_cost(x: Tensor, pointwise: Tensor, depthwise: Tensor | None) -> tuple[int, int]:
+    """Of the forward pass with statistics; see `statistics_cost`."""
     p, n, c, h, w = x.shape
     o = pointwise.shape[1]
-    tile = _forward_tile(c, o, depthwise is not None)
-    blocks = triton.cdiv(n * h * w, tile["BLOCK_M"])
-    return 1 if merges(blocks, o, tile) else 2, 2 * p * o * blocks
+    return statistics_cost(p, o, n * h * w, _forward_tile(c, o, depthwise is not None))
 
 
 def partial_elements_backward(

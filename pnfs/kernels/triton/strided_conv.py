@@ -39,14 +39,15 @@ from pnfs.kernels.triton.products import (
     launch_sums,
     merges,
     rows,
+    shares,
     side,
+    statistics_cost,
     units,
 )
 from pnfs.kernels.triton.tuning import Config, Tunable
 
 PIXELS, STEP_CHANNELS, MAX_OUTPUTS = 64, 32, 64  # of a program of the forward pass
 GRADIENT_PIXELS, GRADIENT_CHANNELS, GRADIENT_OUTPUTS = 32, 64, 64
-SHARE_PIXELS = 128  # of a program with weights, a multiple of it
 PROGRAMS = 1152  # with weights, roughly: more of them would move more sums
 
 
@@ -261,21 +262,16 @@ def _pixels(x: Tensor) -> int:
 
 
 def _shares(x: Tensor, o: int) -> tuple[int, int]:
-    """How many programs share y's pixels for a block of weights, and pixels of each; by shapes
-    alone, as the order of the sums depends on them."""
+    """Of the backward pass; see `shares`."""
     p, _, c, _, _ = x.shape
     tile = _gradient_tile(c, o)
     blocks = 9 * triton.cdiv(c, tile["BLOCK_C"]) * triton.cdiv(o, tile["BLOCK_O"])
-    pieces = triton.cdiv(_pixels(x), SHARE_PIXELS)
-    of_share = triton.cdiv(pieces, triton.cdiv(PROGRAMS, p * blocks))
-    return triton.cdiv(pieces, of_share), of_share * SHARE_PIXELS
+    return shares(_pixels(x), p * blocks, PROGRAMS)
 
 
-def statistics_cost(x: Tensor, o: int) -> tuple[int, int]:
-    """Of the forward pass: launches, and numbers that programs leave to be merged."""
-    tile = _tile(x.shape[2], o)
-    blocks = triton.cdiv(_pixels(x), tile["BLOCK_M"])
-    return 1 if merges(blocks, o, tile) else 2, 2 * len(x) * o * blocks
+def forward_cost(x: Tensor, o: int) -> tuple[int, int]:
+    """Of the forward pass with statistics; see `statistics_cost`."""
+    return statistics_cost(len(x), o, _pixels(x), _tile(x.shape[2], o))
 
 
 def partial_elements_backward(x: Tensor, o: int, has_bias: bool) -> int:

@@ -1,7 +1,8 @@
-"""Compiles csrc/ into pnfs._cpu and, where nvcc is found, pnfs._cuda; writes pnfs/_build_info.json.
+"""Compiles csrc/ into pnfs._cpu, where nvcc is found into pnfs._cuda, and where libjpeg-turbo's
+headers are found into pnfs._jpeg; writes pnfs/_build_info.json.
 
-No torch is needed: the sources see raw pointers. A compiler or nvcc that is missing or fails leaves
-that module out; the package still works, one line says why, and `pnfs info` repeats it.
+No torch is needed: the sources see raw pointers. A compiler, nvcc or library that is missing or
+fails leaves that module out; the package still works, one line says why, `pnfs info` repeats it.
 
 Environment:
     CXX              C++ compiler; default: the first of c++, g++, clang++ on PATH.
@@ -49,6 +50,15 @@ VARIANTS = {
     "portable": ["-march=x86-64"],
 }
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
+# Other libraries of this interface decode no regions.
+JPEG_PROBE = """\
+#include <cstdio>
+#include <jpeglib.h>
+#ifndef LIBJPEG_TURBO_VERSION
+#error another library
+#endif
+int main() { return jpeg_crop_scanline == nullptr; }
+"""
 
 
 class NotBuilt(Exception):
@@ -70,6 +80,15 @@ class Module:
 class Object:
     source: Path
     command: list[str]  # without "-c source -o object" and the dependency file's flags
+
+
+@dataclass
+class Plan:
+    """How a module is made: the link command is `link -o module objects libraries`."""
+
+    objects: list[Object]
+    link: list[str]
+    libraries: list[str] = field(default_factory=list)
 
 
 def tool_version(tool: str) -> str:
@@ -128,10 +147,11 @@ def pybind11_flags(work: Path) -> list[str]:
     return ["-isystem", str(link), "-isystem", sysconfig.get_path("include")]
 
 
-def accepts(compiler: str, flag: str, work: Path) -> bool:
+def compiles(compiler: str, text: str, work: Path, *flags: str) -> bool:
+    """Whether a program of this text compiles and links; flags stand behind it."""
     probe = work / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
-    command = [compiler, flag, "-c", str(probe), "-o", str(work / "probe.o")]
+    probe.write_text(text)
+    command = [compiler, str(probe), "-o", str(work / "probe"), *flags]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -158,13 +178,19 @@ def cuda_arch_flags() -> list[str]:
     return flags
 
 
-def cpu_objects(work: Path, record: Module) -> tuple[list[Object], list[str]]:
-    """The objects of pnfs._cpu and the link command."""
+def shared_link(compiler: str) -> list[str]:
+    # macOS must be told that symbols may come later.
+    mac = ["-bundle", "-undefined", "dynamic_lookup"]
+    return [compiler, *(mac if sys.platform == "darwin" else ["-shared"])]
+
+
+def cpu_plan(work: Path, record: Module) -> Plan:
+    """Of pnfs._cpu."""
     compiler = find_compiler()
     record.compiler = tool_version(compiler)
     base = [compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
     base += ["-fno-math-errno", "-fno-trapping-math", f"-I{ROOT / 'csrc'}"]
-    if accepts(compiler, "-fopenmp", work):
+    if compiles(compiler, "int main() { return 0; }\n", work, "-fopenmp"):
         base.append("-fopenmp")
     march = os.environ.get("PNFS_MARCH", "native")
     record.flags = [*base[1:], *([f"-march={march}"] if march else [])]
@@ -180,16 +206,13 @@ def cpu_objects(work: Path, record: Module) -> tuple[list[Object], list[str]]:
         is_module = source.name == "cpu_module.cpp"
         objects.append(Object(source, [*base, *arch, *(python if is_module else [])]))
     # No -fopenmp here: the module takes the OpenMP runtime that torch has loaded, see
-    # pnfs/kernels/native.py. macOS must be told that symbols may come later.
-    shared = (
-        ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    )
-    return objects, [compiler, *shared]
+    # pnfs/kernels/native.py.
+    return Plan(objects, shared_link(compiler))
 
 
-def cuda_objects(work: Path, record: Module) -> tuple[list[Object], list[str]]:
-    """The objects of pnfs._cuda and the link command. The CUDA runtime is linked statically: it
-    shares the device's primary context, so torch's streams and memory are its own."""
+def cuda_plan(work: Path, record: Module) -> Plan:
+    """Of pnfs._cuda. The CUDA runtime is linked statically: it shares the device's primary context,
+    so torch's streams and memory are its own."""
     nvcc = find_nvcc()
     compiler = find_compiler()
     record.compiler = tool_version(nvcc)
@@ -201,10 +224,27 @@ def cuda_objects(work: Path, record: Module) -> tuple[list[Object], list[str]]:
     folder = ROOT / "csrc" / "cuda"
     objects = [Object(source, [nvcc, *record.flags]) for source in sorted(folder.glob("*.cu"))]
     objects += [Object(source, host) for source in sorted(folder.glob("*.cpp"))]
-    return objects, [nvcc, f"-ccbin={compiler}", "-shared", "-cudart=static"]
+    return Plan(objects, [nvcc, f"-ccbin={compiler}", "-shared", "-cudart=static"])
 
 
-PLANS = {"_cpu": cpu_objects, "_cuda": cuda_objects}
+def jpeg_plan(work: Path, record: Module) -> Plan:
+    """Of pnfs._jpeg."""
+    compiler = find_compiler()
+    record.compiler = tool_version(compiler)
+    library = "-ljpeg"
+    if not compiles(compiler, JPEG_PROBE, work, library):
+        raise NotBuilt(
+            "libjpeg-turbo's headers not found, images are decoded whole; install libjpeg-dev "
+            "(Debian, Ubuntu), libjpeg-turbo-devel (Fedora) or libjpeg-turbo (conda) and reinstall"
+        )
+    flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", *WARNINGS]
+    record.flags = [*flags, library]
+    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", *pybind11_flags(work)]
+    sources = sorted((ROOT / "csrc" / "jpeg").glob("*.cpp"))
+    return Plan([Object(source, command) for source in sources], shared_link(compiler), [library])
+
+
+PLANS = {"_cpu": cpu_plan, "_cuda": cuda_plan, "_jpeg": jpeg_plan}
 
 
 NINJA_RULES = """\
@@ -221,10 +261,10 @@ def ninja_escape(text: str) -> str:
     return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_rules(work: Path, name: str, objects: list[Object], link: list[str]) -> list[str]:
+def ninja_rules(name: str, plan: Plan) -> list[str]:
     """Build statements for one module: an object per source, with its headers tracked."""
     lines, outputs = [], []
-    for item in objects:
+    for item in plan.objects:
         output = f"{name}/{item.source.name}.o"
         outputs.append(output)
         track = ["-MMD", "-MF", f"{output}.d", "-c", str(item.source), "-o", output]
@@ -233,10 +273,11 @@ def ninja_rules(work: Path, name: str, objects: list[Object], link: list[str]) -
             f"  command = {shlex.join([*item.command, *track]).replace('$', '$$')}",
         ]
     target = f"{name}{SUFFIX}"
+    link = [*plan.link, "-o", target, *outputs, *plan.libraries]
     return [
         *lines,
         f"build {target}: link {' '.join(outputs)}",
-        f"  command = {shlex.join([*link, '-o', target, *outputs]).replace('$', '$$')}",
+        f"  command = {shlex.join(link).replace('$', '$$')}",
     ]
 
 
@@ -259,7 +300,7 @@ def build_modules(work: Path) -> tuple[dict[str, Module], dict[str, Path]]:
     for name, plan in PLANS.items():
         try:
             ninja = find_ninja()
-            lines += ninja_rules(work, name, *plan(work, records[name]))
+            lines += ninja_rules(name, plan(work, records[name]))
             planned.append(name)
         except NotBuilt as error:
             records[name].reason = str(error)

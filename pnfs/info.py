@@ -42,7 +42,7 @@ class Info:
 def collect_info() -> Info:
     """Gather the facts; compiled modules are loaded to see whether they load."""
     build = native.build_record()
-    modules = {f"pnfs.{name}": _describe(name, build) for name in ("_cpu", "_cuda")}
+    modules = {f"pnfs.{name}": _describe(name, build) for name in ("_cpu", "_cuda", "_jpeg")}
     backends, tuned = kernels.explain(), tuning.summary()
     return Info(package_versions(), build, modules, backends, _devices(), tuned)
 
@@ -79,7 +79,8 @@ def _describe(name: str, build: dict[str, Any]) -> str:
     if not ok:
         return f"missing: {reason}"
     entry = build.get("modules", {}).get(name, {})
-    flags = [f for f in entry.get("flags", []) if f.startswith(("-march", "-gencode", "-fopenmp"))]
+    told = ("-march", "-gencode", "-fopenmp", "-l")
+    flags = [flag for flag in entry.get("flags", []) if flag.startswith(told)]
     return f"{entry.get('compiler', 'unknown compiler')}, {' '.join(flags)}"
 
 

@@ -19,7 +19,7 @@ from pnfs.config import AugmentConfig, Config, SyntheticConfig, parse_config
 from pnfs.data import Batch, PeopleDataset, load_people, make_loader
 from pnfs.data import samples as samples_module
 from pnfs.data.cropcache import CropCache
-from pnfs.data.images import read_image, read_reduced
+from pnfs.data.images import ImageFile, read_image
 from pnfs.data.samples import SampleMaker, touched_region
 from pnfs.data.training import TrainingData
 from pnfs.data.transforms import (
@@ -76,11 +76,11 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The images that were decoded."""
     found: list[str] = []
 
-    def read(path: str, reduction: int):
+    def opened(path: str, reduction: int = 1) -> ImageFile:
         found.append(path)
-        return read_reduced(path, reduction)
+        return ImageFile(path, reduction)
 
-    monkeypatch.setattr(samples_module, "read_reduced", read)
+    monkeypatch.setattr(samples_module, "ImageFile", opened)
     return found
 
 
@@ -329,8 +329,9 @@ def test_only_jpegs_are_reduced_and_evaluation_never(people: PeopleDataset, tmp_
     image = read_image(people.people[0].image_path, apply_exif=False)[:333, :451]
     for suffix, reduction in ((".png", 1), (".jpg", 4)):
         cv2.imwrite(str(tmp_path / f"a{suffix}"), image)
-        found, done = read_reduced(tmp_path / f"a{suffix}", 4)
-        assert done == reduction and found.shape[:2] == (-(-333 // done), -(-451 // done))
+        file = ImageFile(tmp_path / f"a{suffix}", 4)
+        assert file.reduction == reduction
+        assert file.size == file.whole().shape[:2] == (-(-333 // reduction), -(-451 // reduction))
     plain, reduced = (
         make_loader(people, config(reduced_decode=flag), train=False) for flag in (False, True)
     )

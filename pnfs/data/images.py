@@ -8,7 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from pnfs.data.transforms import Region
 from pnfs.errors import PnfsError
+from pnfs.kernels import native
 
 # In a JPEG scan every 0xFF is followed by 0x00 (stuffing), a restart number, or the next marker.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -40,25 +42,68 @@ def read_image(path: str | Path, *, apply_exif: bool) -> np.ndarray:
     return decode_image(_read_bytes(path), str(path), apply_exif=apply_exif)
 
 
-def read_reduced(path: str | Path, reduction: int) -> tuple[np.ndarray, int]:
-    """Read an image file in stored order, and a JPEG at 1/`reduction` of its size, rounded up.
+class ImageFile:
+    """An image file in stored order, decoded when pixels are asked for.
 
-    A JPEG decoder reduces each block of 8×8 pixels by itself, so that pixel i of the result lies
-    where the pixels r·i … r·i + r - 1 were. Other formats are read whole: reducing saves nothing.
+    With `pnfs._jpeg` a region of a JPEG is decoded by itself: of what lies above and beside it only
+    the compressed symbols are read, and nothing of what lies below.
+
+    A JPEG may be decoded at 1/`reduction` of its size, rounded up: a decoder reduces each block of
+    8×8 pixels by itself, so that pixel i of the result lies where the pixels r·i … r·i + r - 1 lay.
+    Other formats are read whole: reducing saves nothing.
 
     Args:
         reduction: 1, 2, 4 or 8.
 
-    Returns:
-        uint8 (h, w, 3), blue-green-red, and the reduction that was made.
+    Attributes:
+        reduction: the one that is made; 1 for other formats than JPEG.
 
     Raises:
-        PnfsError: as `read_image`.
+        PnfsError: as `read_image`; so do the methods.
     """
-    data = _read_bytes(path)
-    reduction = reduction if data.startswith(_JPEG) else 1
-    image = decode_image(data, str(path), apply_exif=False, reduction=reduction)
-    return image, reduction
+
+    def __init__(self, path: str | Path, reduction: int = 1) -> None:
+        self._name, self._data = str(path), _read_bytes(path)
+        is_jpeg = self._data.startswith(_JPEG)
+        self.reduction = reduction if is_jpeg else 1
+        self._pixels: np.ndarray | None = None
+        self._size: tuple[int, int] | None = None
+        if is_jpeg and native.module_available("_jpeg")[0]:
+            _check(self._data, self._name)
+            self._size = native.module("_jpeg").jpeg_size(*_place(self._data), self.reduction)
+        # Else, as for the kinds that the module does not take, `whole` decodes it, or says why not.
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the decoded image."""
+        if self._size is None:
+            height, width = self.whole().shape[:2]
+            self._size = height, width
+        return self._size
+
+    def whole(self) -> np.ndarray:
+        """All pixels, uint8 (h, w, 3), blue-green-red."""
+        if self._pixels is None:
+            self._pixels = decode_image(
+                self._data, self._name, apply_exif=False, reduction=self.reduction
+            )
+        return self._pixels
+
+    def region(self, region: Region) -> np.ndarray:
+        """The pixels of a region inside the image, those that `whole` has there."""
+        left, top, right, bottom = region
+        if self._size is None or self._pixels is not None:
+            return self.whole()[top:bottom, left:right]
+        pixels = np.empty((bottom - top, right - left, 3), np.uint8)
+        decode = native.module("_jpeg").decode_jpeg_region
+        if not decode(*_place(self._data), self.reduction, *region, pixels.ctypes.data):
+            return self.whole()[top:bottom, left:right]
+        return pixels
+
+
+def _place(data: bytes) -> tuple[int, int]:
+    """Address and length."""
+    return np.frombuffer(data, np.uint8).ctypes.data, len(data)
 
 
 def _read_bytes(path: str | Path) -> bytes:
@@ -74,9 +119,7 @@ def _read_bytes(path: str | Path) -> bytes:
 
 def decode_image(data: bytes, name: str, *, apply_exif: bool, reduction: int = 1) -> np.ndarray:
     """`read_image` for bytes in memory; `name` stands for the file in errors."""
-    problem = _damage(data)
-    if problem:
-        raise PnfsError(f"{name}: image {problem}; fetch or write it again")
+    _check(data, name)
     flags = _COLOR[reduction] | (0 if apply_exif else cv2.IMREAD_IGNORE_ORIENTATION)
     log = cv2.utils.logging
     level = log.setLogLevel(
@@ -96,6 +139,12 @@ def decode_image(data: bytes, name: str, *, apply_exif: bool, reduction: int = 1
             "fetch it again, or convert it to JPEG or PNG"
         )
     return np.asarray(pixels)
+
+
+def _check(data: bytes, name: str) -> None:
+    problem = _damage(data)
+    if problem:
+        raise PnfsError(f"{name}: image {problem}; fetch or write it again")
 
 
 def _damage(data: bytes) -> str | None:

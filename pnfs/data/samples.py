@@ -9,7 +9,7 @@ import numpy as np
 from pnfs.config import AugmentConfig, EvalProfile
 from pnfs.data.batch import Sample
 from pnfs.data.cropcache import CropCache
-from pnfs.data.images import read_image, read_reduced
+from pnfs.data.images import ImageFile
 from pnfs.data.records import PeopleDataset
 from pnfs.data.transforms import (
     REDUCTIONS,
@@ -99,11 +99,11 @@ class SampleMaker:
         inverse = invert_affine(matrix)
         cut = self._cut(index, inverse)
         if cut is None:
-            image = read_image(self.paths[index], apply_exif=False)
+            height, width = ImageFile(self.paths[index]).size
             center = np.round(self.centers[index], 1).tolist()
             raise PnfsError(
                 f"{self.paths[index]}: the box around {center} lies outside the "
-                f"{image.shape[1]}x{image.shape[0]} image; correct the annotation"
+                f"{width}x{height} image; correct the annotation"
             )
         crop, to_crop = cut
         joints = apply_affine(matrix, keypoints[:, :2])
@@ -125,7 +125,8 @@ class SampleMaker:
         )
 
     def _cut(self, index: int, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """`cut_out` of the person's image, which is decoded only if the cache lacks the person."""
+        """`cut_out` of the person's image, which is decoded only if the cache lacks the person, and
+        whole only to be stored there."""
         path, key, reduction = self.paths[index], None, 1
         if self.cache is not None or self.reduced:
             region, reduction = self._limits(index)
@@ -142,10 +143,12 @@ class SampleMaker:
                     crop = entry.read(touched)
                 if crop is not None:
                     return crop, _shifted(warp, touched)
-        image, reduction = read_reduced(path, reduction)
+        file = ImageFile(path, reduction)
         if self.cache is not None and key:
-            self.cache.store(key, image, region, reduction)
-        return cut_out(image, reduced_affine(inverse, reduction), self.size)
+            self.cache.store(key, file.whole(), region, file.reduction)
+        warp = reduced_affine(inverse, file.reduction)
+        touched = touched_region(warp, self.size, file.size)
+        return None if touched is None else (file.region(touched), _shifted(warp, touched))
 
     def _limits(self, index: int) -> tuple[Region, int]:
         """Where all crops of a person lie, and by how much its image may be reduced."""

@@ -53,6 +53,26 @@ struct Scratch {
   std::vector<float> fx, fy, row;
 };
 
+#if defined(__AVX2__)
+// Two neighbours and two bytes after them.
+inline __m256 load_pair(const std::uint8_t* address) {
+  std::int64_t bytes;
+  std::memcpy(&bytes, address, sizeof bytes);
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes)));
+}
+
+// Between the four taps of a pixel, the channels in their order or turned, and a lane of no meaning.
+template <bool kTurned>
+inline Floats4 between_taps(const std::uint8_t* address, std::int32_t stride, float fx, float fy) {
+  const __m256 upper = load_pair(address), lower = load_pair(address + stride);
+  const __m256 both = _mm256_fmadd_ps(_mm256_set1_ps(fy), _mm256_sub_ps(lower, upper), upper);
+  const __m256i lanes = kTurned ? _mm256_setr_epi32(2, 1, 0, 0, 5, 4, 3, 3)
+                                : _mm256_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5);
+  const __m256 parted = _mm256_permutevar8x32_ps(both, lanes);
+  const __m128 left = _mm256_castps256_ps128(parted), right = _mm256_extractf128_ps(parted, 1);
+  return _mm_fmadd_ps(_mm_set1_ps(fx), _mm_sub_ps(right, left), left);
+}
+#else
 // A pixel and the byte after it as floats. Without the intrinsics the bytes are interleaved with
 // zeros (little-endian), because compilers convert a vector of bytes one element at a time.
 inline Floats4 load_tap(const std::uint8_t* address) {
@@ -70,6 +90,19 @@ inline Floats4 load_tap(const std::uint8_t* address) {
   return __builtin_convertvector(ints, Floats4);
 #endif
 }
+
+// Between the four taps of a pixel, the channels in their order or turned, and a lane of no meaning.
+template <bool kTurned>
+inline Floats4 between_taps(const std::uint8_t* address, std::int32_t stride, float fx, float fy) {
+  const Floats4 upper_left = load_tap(address), upper_right = load_tap(address + 3);
+  const Floats4 lower_left = load_tap(address + stride);
+  const Floats4 lower_right = load_tap(address + stride + 3);
+  const Floats4 left = upper_left + fy * (lower_left - upper_left);
+  const Floats4 right = upper_right + fy * (lower_right - upper_right);
+  const Floats4 value = left + fx * (right - left);
+  return kTurned ? __builtin_shufflevector(value, value, 2, 1, 0, 3) : value;
+}
+#endif
 
 // A source coordinate along an output row.
 struct Line {
@@ -142,15 +175,8 @@ void inner_pixels(const std::uint8_t* image, std::int32_t stride, Interval colum
   const std::int32_t* offset = scratch.offset.data();
   const float *fx = scratch.fx.data(), *fy = scratch.fy.data();
   for (int x = columns.begin; x < columns.end; ++x) {
-    const std::uint8_t* address = image + offset[x];
-    const Floats4 upper_left = load_tap(address), upper_right = load_tap(address + 3);
-    const Floats4 lower_left = load_tap(address + stride);
-    const Floats4 lower_right = load_tap(address + stride + 3);
-    const Floats4 left = upper_left + fy[x] * (lower_left - upper_left);
-    const Floats4 right = upper_right + fy[x] * (lower_right - upper_right);
-    Floats4 value = left + fx[x] * (right - left);
-    if constexpr (kRgb) value = __builtin_shufflevector(value, value, 2, 1, 0, 3);
-    value = value * scale + bias;
+    const Floats4 grey = between_taps<kRgb>(image + offset[x], stride, fx[x], fy[x]);
+    const Floats4 value = grey * scale + bias;
     std::memcpy(row + 3 * x, &value, sizeof value);  // the fourth lane: overwritten by the next
   }
 }
@@ -173,7 +199,7 @@ void warp_row(const Job& job, std::int64_t n, int y, Scratch& scratch, float* ro
   const Line sx{map.a, map.b * y + map.c}, sy{map.d, map.e * y + map.f};
   const std::int32_t stride = image.width * 3;
 
-  // The 4-byte loads end one byte past the right tap. Where that would leave the buffer, what
+  // Loads end one or two bytes past the right tap. Where that would leave the buffer, what
   // touches the crop's last row takes the careful path.
   const bool at_end = job.offsets[n] + std::int64_t{stride} * image.height == job.bytes;
   const double margin = margin_of(job.width);

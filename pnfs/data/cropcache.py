@@ -139,7 +139,7 @@ class CropCache:
     def find(self, key: bytes) -> Entry | None:
         """The entry of a key, if a whole one is there."""
         try:
-            file = open(self._path(key), "rb", buffering=0)  # noqa: SIM115
+            file = open(self._name(key), "rb", buffering=0)  # noqa: SIM115
         except OSError:
             return None
         place = _checked(file, key)
@@ -165,7 +165,7 @@ class CropCache:
             return
         pixels = np.ascontiguousarray(image[top:bottom, left:right])
         place = Place(left, top, bottom - top, right - left, height, width, reduction)
-        path, part = self._path(key), None
+        path, part = Path(self._name(key)), None
         try:
             if not self._has_room(_file_size(place)):
                 self._stop_full()
@@ -203,9 +203,9 @@ class CropCache:
             f"epoch; {advice}"
         )
 
-    def _path(self, key: bytes) -> Path:
-        name = key.hex()
-        return self.folder / name[:2] / f"{name}{_SUFFIX}"
+    def _name(self, key: bytes) -> str:
+        name = key.hex()  # not with pathlib, which takes as long as opening the file
+        return f"{self.folder}/{name[:2]}/{name}{_SUFFIX}"
 
     def _add(self, part: Path, path: Path) -> bool:
         """Give a finished file its name and count it; False if the cache is full by now."""

@@ -14,7 +14,7 @@ from pnfs.kernels import native
 
 # In a JPEG scan every 0xFF is followed by 0x00 (stuffing), a restart number, or the next marker.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-_END_OF_IMAGE, _STANDS_ALONE = 0xD9, 0x01
+_END_OF_IMAGE, _START_OF_SCAN, _STANDS_ALONE = 0xD9, 0xDA, 0x01
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 
 
@@ -108,7 +108,8 @@ def _place(data: bytes) -> tuple[int, int]:
 
 def _read_bytes(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
     except FileNotFoundError:
         raise PnfsError(f"{path}: image is missing; check the path") from None
     except OSError as error:
@@ -170,6 +171,9 @@ def _jpeg_is_complete(data: bytes) -> bool:
             return False
         marker, position = data[match.end() - 1], match.end()
         if marker == _END_OF_IMAGE:
+            return True
+        # Most files end with their image, and no scan holds the end marker.
+        if marker == _START_OF_SCAN and data.endswith(bytes([0xFF, _END_OF_IMAGE])):
             return True
         if marker == _STANDS_ALONE:  # TEM; every other marker is followed by its length
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -221,10 +222,12 @@ def touched_region(
         rounding of the matrices to float32.
     """
     height, width = size
-    corners = np.array([[0, 0], [width - 1, 0], [0, height - 1], [width - 1, height - 1]])
-    reached = apply_affine(inverse, corners)
-    low = np.floor(reached.min(0)) - 1
-    high = np.floor(reached.max(0)) + 3  # the second tap, the extra pixel, and exclusive
-    left, top = np.maximum(low, 0).astype(int).tolist()
-    right, bottom = np.minimum(high, image_size[::-1]).astype(int).tolist()
+    lows, highs = [], []
+    for (a, b, c), limit in zip(inverse.tolist(), image_size[::-1], strict=True):
+        over, down = a * (width - 1), b * (height - 1)
+        low = math.floor(c + min(over, 0) + min(down, 0)) - 1
+        high = math.floor(c + max(over, 0) + max(down, 0)) + 3  # second tap, extra pixel, exclusive
+        lows.append(max(low, 0))
+        highs.append(min(high, limit))
+    (left, top), (right, bottom) = lows, highs
     return (left, top, right, bottom) if left < right and top < bottom else None

@@ -210,9 +210,9 @@ def sample_augmentation(
     """
     normal, uniform = generator.standard_normal(2), generator.random(4)
     scale = config.scale
-    factor = float(np.clip(1 + scale * normal[0], 1 - scale, 1 + scale))
+    factor = min(max(1 + scale * float(normal[0]), 1 - scale), 1 + scale)
     limit = 2 * config.rotation
-    rotation = float(np.clip(config.rotation * normal[1], -limit, limit))
+    rotation = min(max(config.rotation * float(normal[1]), -limit), limit)
     half = (
         ("upper" if uniform[3] < 0.5 else "lower")
         if uniform[2] < config.half_body_probability

@@ -241,7 +241,7 @@ def strided_gradients_kernel(
 
 
 FORWARD = Tunable(strided_conv_kernel, Config(4), Config(8), Config(8, 0.5))
-GRADIENTS = Tunable(strided_gradients_kernel, Config(4), Config(8), Config(8, 2.0))
+GRADIENTS = Tunable(strided_gradients_kernel, Config(4), Config(8))
 
 
 def _tile(c: int, o: int, scale: float = 1.0) -> dict[str, int]:

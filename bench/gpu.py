@@ -178,11 +178,12 @@ def gather(folder: Path, outcomes: Sequence[Outcome], dry: bool) -> dict[str, An
         for path in sorted(folder.glob("*.jsonl"), reverse=True)  # whole before compiled
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
-    tuned = folder / TUNED / "kernels.json"
+    tuned, profile = folder / TUNED / "kernels.json", folder / "profile.txt"
     return {
         **content,
         "dry_run": dry,
         "tuned": json.loads(tuned.read_text(encoding="utf-8")) if tuned.exists() else None,
+        "profile": profile.read_text(encoding="utf-8").splitlines() if profile.exists() else None,
         "stages": [asdict(outcome) for outcome in outcomes],
         "failures": [row for row in models if "failed" in row],
         "results": rows + merged([row for row in models if "failed" not in row]),

@@ -85,6 +85,7 @@ def test_a_dry_run_goes_through_every_stage(gpu: ModuleType, tmp_path: Path) -> 
     status = {stage["name"]: stage["status"] for stage in content["stages"]}
     assert status.pop("memcheck") == status.pop("racecheck") == "not run"
     assert set(status.values()) == {"passed"}, status
+    assert any("in kernels" in line for line in content["profile"])
     rows = {(row["op"], row["case"]) for row in content["results"]}
     for precision in ("fp32", "bf16"):
         for op in ("training step", "evaluation"):

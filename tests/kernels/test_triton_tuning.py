@@ -110,17 +110,21 @@ def test_noise_decides_nothing_and_what_cannot_run_is_out() -> None:
     assert entry["us"] == [1000.0, None, 500.0]
 
 
-@pytest.mark.parametrize(("arch", "index"), [(80, 1), (90, 0), (100, 1), (120, 1)])
-def test_the_default_is_another_where_the_first_was_not_measured(
-    arch: int, index: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("arch", "measured"), [(80, False), (90, True), (100, False)])
+def test_configurations_are_others_where_they_were_not_measured(
+    arch: int, measured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.runtime.driver import driver
 
     monkeypatch.setattr(driver, "_active", aot._Gpu(arch))
-    some = Tunable(kernel(), *CONFIGS, elsewhere=1)
-    assert some.launch(lambda config: config, LIKE, 24) == CONFIGS[index]
-    with tuning.tuned(tuner(None, 3, 2.95, 2.92)):  # none is faster enough than the default
-        assert some.launch(lambda config: config, LIKE, 24) == CONFIGS[index]
+    others = (Config(2), Config(16))
+    some = Tunable(kernel(), *CONFIGS, elsewhere=others)
+    here = CONFIGS if measured else others
+    assert some.launch(lambda config: config, LIKE, 24) == here[0]
+    with tuning.candidate(1):
+        assert some.launch(lambda config: config, LIKE, 24) == here[1]
+    with tuning.tuned(tuner(None, 3, 2)):
+        assert some.launch(lambda config: config, LIKE, 24) == here[1]
 
 
 def test_where_nothing_can_be_measured_the_default_runs_until_it_can() -> None:

@@ -1,7 +1,7 @@
 """Which of a kernel's configurations runs: the default, or the fastest one measured on this GPU.
 
-A `Tunable` is a kernel with a short list of `Config`s, one of which is its default. Outside of
-`tuned(...)` the default runs, always: results then depend on nothing but the code and the GPU.
+A `Tunable` is a kernel with a short list of `Config`s, the first of which is its default. Outside
+of `tuned(...)` the default runs, always: results then depend on nothing but the code and the GPU.
 Inside, the first launch of a kernel on a device, type and size measures every configuration and
 keeps the fastest, in memory and in one JSON file of the user's cache folder.
 
@@ -25,7 +25,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ GAIN = 0.97
 WARM_UP_MS, MEASURE_MS = 2, 15  # of one configuration
 FORMAT = 1  # of the file
 MOST = 4  # configurations of a kernel: each is compiled when it is measured
-MEASURED = 9  # the major compute capability on which defaults were measured
+MEASURED = range(90, 100)  # compute capabilities, times ten, on which the lists were measured
 
 log = logging.getLogger("pnfs")
 T = TypeVar("T")
@@ -64,26 +64,32 @@ class Config:
 
 
 class Tunable:
-    """A kernel and its configurations, the default of compute capability `MEASURED` first.
+    """A kernel and its configurations, the default first.
 
     Attributes:
         kernel: what `triton.jit` made.
         name: the kernel's; one of a kind, as choices are kept under it.
-        elsewhere: index of the default on other GPUs, where the first may not fit the registers.
     """
 
-    def __init__(self, kernel: Any, *candidates: Config, elsewhere: int = 0) -> None:
-        assert 1 <= len(candidates) <= MOST and elsewhere < len(candidates)
-        self.kernel, self.candidates, self.elsewhere = kernel, candidates, elsewhere
+    def __init__(self, kernel: Any, *measured: Config, elsewhere: Sequence[Config] = ()) -> None:
+        """
+        Args:
+            measured: the configurations.
+            elsewhere: on GPUs other than `MEASURED`, where these would spill registers.
+        """
+        assert 1 <= len(measured) <= MOST and len(elsewhere) <= MOST
+        self.kernel, self._measured, self._elsewhere = kernel, measured, tuple(elsewhere)
         self.name: str = kernel.fn.__name__
 
-    def default(self) -> int:
-        """Index of the default on the GPU that kernels are launched on, or compiled for."""
-        if self.elsewhere == 0 or native.triton_interpreted():
-            return 0
+    @property
+    def candidates(self) -> tuple[Config, ...]:
+        """The configurations for the GPU that kernels are launched on now, or compiled for."""
+        if not self._elsewhere or native.triton_interpreted():
+            return self._measured
         from triton.runtime.driver import driver
 
-        return 0 if driver.active.get_current_target().arch // 10 == MEASURED else self.elsewhere
+        arch = driver.active.get_current_target().arch
+        return self._measured if arch in MEASURED else self._elsewhere
 
     def launch(self, run: Callable[[Config], T], like: Tensor, batch: int, *exact: Hashable) -> T:
         """`run(config)` with the configuration that is to run.
@@ -98,7 +104,7 @@ class Tunable:
         if _forced is not None:
             return run(self.candidates[min(_forced, len(self.candidates) - 1)])
         if _tuner is None:
-            return run(self.candidates[self.default()])
+            return run(self.candidates[0])
         return run(_tuner.config(self, run, like, batch, exact))
 
     def version(self) -> str:
@@ -250,7 +256,7 @@ class Tuner:
             return found
         device = self._device(like)
         if device is None:
-            return tunable.candidates[tunable.default()]
+            return tunable.candidates[0]
         with self._lock:
             dtype = str(like.dtype).removeprefix("torch.")
             sizes = " ".join(map(str, exact))
@@ -266,16 +272,16 @@ class Tuner:
             if self._left > 0:
                 entry = self._store(key, self._measure(tunable, run), tunable)
             else:
-                entry = _entry(tunable, tunable.default(), [])
+                entry = _entry(tunable, 0, [])
         self.choices[key] = known[key] = entry
-        return _config_in(entry, version, tunable) or tunable.candidates[tunable.default()]
+        return _config_in(entry, version, tunable) or tunable.candidates[0]
 
     def _measure(self, tunable: Tunable, run: Callable[[Config], Any]) -> dict[str, Any]:
         started = time.monotonic()
         times = [self._timer(partial(run, config)) for config in tunable.candidates]
-        best, default = min(range(len(times)), key=times.__getitem__), tunable.default()
-        if not times[best] < GAIN * times[default]:
-            best = default
+        best = min(range(len(times)), key=times.__getitem__)
+        if not times[best] < GAIN * times[0]:
+            best = 0
         self.measured += 1
         self._left -= time.monotonic() - started
         if self._left <= 0:

@@ -57,7 +57,11 @@ JPEG_PROBE = """\
 #ifndef LIBJPEG_TURBO_VERSION
 #error another library
 #endif
-int main() { return jpeg_crop_scanline == nullptr; }
+int main() {
+  auto* volatile crop = jpeg_crop_scanline;
+  auto* volatile read = jpeg_mem_src;
+  return crop == nullptr || read == nullptr;
+}
 """
 
 
@@ -231,17 +235,21 @@ def jpeg_plan(work: Path, record: Module) -> Plan:
     """Of pnfs._jpeg."""
     compiler = find_compiler()
     record.compiler = tool_version(compiler)
-    library = "-ljpeg"
-    if not compiles(compiler, JPEG_PROBE, work, library):
+    library, include = ["-ljpeg"], []
+    if (Path(sys.prefix) / "include" / "jpeglib.h").exists():  # conda's
+        folder = Path(sys.prefix) / "lib"
+        include = [f"-I{sys.prefix}/include"]
+        library = [f"-L{folder}", f"-Wl,-rpath,{folder}", "-ljpeg"]
+    if not compiles(compiler, JPEG_PROBE, work, *include, *library):
         raise NotBuilt(
             "libjpeg-turbo's headers not found, images are decoded whole; install libjpeg-dev "
             "(Debian, Ubuntu), libjpeg-turbo-devel (Fedora) or libjpeg-turbo (conda) and reinstall"
         )
     flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", *WARNINGS]
-    record.flags = [*flags, library]
-    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", *pybind11_flags(work)]
+    record.flags = [*flags, *library]
+    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", *include, *pybind11_flags(work)]
     sources = sorted((ROOT / "csrc" / "jpeg").glob("*.cpp"))
-    return Plan([Object(source, command) for source in sources], shared_link(compiler), [library])
+    return Plan([Object(source, command) for source in sources], shared_link(compiler), library)
 
 
 PLANS = {"_cpu": cpu_plan, "_cuda": cuda_plan, "_jpeg": jpeg_plan}

@@ -73,7 +73,7 @@ def taken(folder: Path) -> int:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The images that were decoded."""
+    """The images that were opened."""
     found: list[str] = []
 
     def opened(path: str, reduction: int = 1) -> ImageFile:

@@ -8,10 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from pnfs.data.images import ImageFile, decode_image, read_image
-from pnfs.data.transforms import Region
+from pnfs.data.images import decode_image, read_image
 from pnfs.errors import PnfsError
-from pnfs.kernels import native
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow writes the odd formats")
 
@@ -124,107 +122,3 @@ def test_truncated_png(tmp_path: Path, picture: np.ndarray):
 def test_a_folder_is_not_an_image(tmp_path: Path):
     with pytest.raises(PnfsError, match="cannot be read"):
         read_image(tmp_path, apply_exif=False)
-
-
-def jpeg(pixels: np.ndarray, **options: int) -> bytes:
-    """`options` as cv2 names them, without IMWRITE_JPEG_."""
-    pairs = [(getattr(cv2, f"IMWRITE_JPEG_{name}"), value) for name, value in options.items()]
-    return cv2.imencode(".jpg", pixels, [number for pair in pairs for number in pair])[1].tobytes()
-
-
-def regions(size: tuple[int, int], count: int) -> list[Region]:
-    """The whole image, its corners, one pixel, and others."""
-    height, width = size
-    generator = np.random.default_rng(height)
-    found = [(0, 0, width, height), (0, 0, 1, 1), (width - 1, height - 1, width, height)]
-    for _ in range(count):
-        left, right = sorted(generator.choice(width + 1, 2, replace=False).tolist())
-        top, bottom = sorted(generator.choice(height + 1, 2, replace=False).tolist())
-        found.append((left, top, right, bottom))
-    return found
-
-
-@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
-@pytest.mark.parametrize("restart", [0, 3])
-@pytest.mark.parametrize("progressive", [0, 1])
-@pytest.mark.parametrize("sampling", ["420", "422", "444", "440", "411"])
-def test_regions_of_a_jpeg_are_those_of_the_whole_image(
-    tmp_path: Path, sampling: str, progressive: int, restart: int, reduction: int
-):
-    noise = np.random.default_rng(0).integers(0, 256, (83, 131, 3), np.uint8)
-    factor = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{sampling}")
-    options = {"SAMPLING_FACTOR": factor, "PROGRESSIVE": progressive, "RST_INTERVAL": restart}
-    (tmp_path / "a.jpg").write_bytes(jpeg(noise, QUALITY=90, **options))
-    whole = ImageFile(tmp_path / "a.jpg", reduction)
-    pixels = whole.whole()
-    assert pixels.shape[:2] == (-(-83 // reduction), -(-131 // reduction))
-    for region in regions(whole.size, 20):
-        file = ImageFile(tmp_path / "a.jpg", reduction)
-        assert file.size == whole.size
-        left, top, right, bottom = region
-        wanted = pixels[top:bottom, left:right]
-        assert np.array_equal(file.region(region), wanted), region
-        assert np.array_equal(whole.region(region), wanted), region
-
-
-@pytest.mark.parametrize("kind", ["gray.jpg", "cmyk.jpg", "rgb.png"])
-@pytest.mark.parametrize("built", [True, False])
-def test_regions_of_other_images(
-    tmp_path: Path, picture: np.ndarray, kind: str, built: bool, monkeypatch: pytest.MonkeyPatch
-):
-    if not built:
-        monkeypatch.setattr(native, "module_available", lambda name: (False, "not built"))
-    mode = {"gray.jpg": "L", "cmyk.jpg": "CMYK", "rgb.png": "RGB"}[kind]
-    Image.fromarray(picture).convert(mode).save(tmp_path / kind)
-    file = ImageFile(tmp_path / kind)
-    assert file.size == (64, 96)
-    expected = read_image(tmp_path / kind, apply_exif=False)[10:50, 3:90]
-    assert np.array_equal(file.region((3, 10, 90, 50)), expected)
-
-
-def test_a_region_is_decoded_by_itself(
-    tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
-):
-    ok, reason = native.module_available("_jpeg")
-    if not ok:
-        pytest.skip(reason)
-    (tmp_path / "a.jpg").write_bytes(jpeg(picture))
-    expected = read_image(tmp_path / "a.jpg", apply_exif=False)[5:20, 7:33]
-    monkeypatch.setattr(ImageFile, "whole", None)
-    assert np.array_equal(ImageFile(tmp_path / "a.jpg").region((7, 5, 33, 20)), expected)
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda data: data[: len(data) // 2], "truncated"),
-        (lambda data: data.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x07"), "decoded"),
-    ],
-)
-def test_damage_is_told_of_regions_too(
-    tmp_path: Path, picture: np.ndarray, damage, reason: str, capfd: pytest.CaptureFixture
-):
-    (tmp_path / "a.jpg").write_bytes(damage(jpeg(picture)))
-    with pytest.raises(PnfsError, match=rf"a\.jpg: image .*{reason}"):
-        ImageFile(tmp_path / "a.jpg").region((0, 0, 5, 5))
-    assert capfd.readouterr().err == ""
-
-
-def test_damaged_scans_end_in_pixels_or_in_one_line(tmp_path: Path):
-    """Whatever the bytes of a scan are, no region crashes or hangs."""
-    generator = np.random.default_rng(1)
-    data = jpeg(generator.integers(0, 256, (64, 96, 3), np.uint8))
-    for trial in range(200):
-        broken = bytearray(data)
-        for place in generator.integers(2, len(data) - 2, 4):
-            broken[place] = generator.integers(0, 256)
-        (tmp_path / "a.jpg").write_bytes(broken)
-        try:
-            file = ImageFile(tmp_path / "a.jpg", (1, 2, 4, 8)[trial % 4])
-            height, width = file.size
-            if height * width > 1_000_000:
-                continue
-            region = (width // 3, height // 3, max(width // 2, 1), max(height // 2, 1))
-            assert file.region(region).dtype == np.uint8
-        except PnfsError as error:
-            assert "\n" not in str(error)

@@ -323,3 +323,9 @@ def test_the_real_image_loads(shared_dir: Path):
     one = replace(dataset, people=tuple(p for p in dataset.people if p.image_id == 785))
     (batch,) = make_loader(one, settings, train=False)
     assert batch.weights.sum() == 17 and batch.images(size=(256, 192)).shape == (1, 3, 256, 192)
+
+
+@pytest.mark.parametrize("value", [1e308, np.inf, np.nan])
+def test_a_crop_at_infinity_touches_nothing(value: float) -> None:
+    inverse = np.array([[1.0, 0, value], [0, value, 0]])
+    assert touched_region(inverse, (64, 48), (300, 350)) is None

@@ -2,8 +2,8 @@
 // has the definition.
 //
 // An output row is a straight line through the source, so the columns whose four taps are all inside
-// are one interval. There a pixel is four 4-byte loads and a dozen 4-wide operations; the columns
-// beside it take the careful path of core/bilinear.h.
+// are one interval. There a pixel is two loads of two neighbours and a dozen vector operations (without
+// AVX2 four loads of one); the columns beside it take the careful path of core/bilinear.h.
 
 #include <algorithm>
 #include <array>
@@ -53,7 +53,9 @@ struct Scratch {
   std::vector<float> fx, fy, row;
 };
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) && defined(__FMA__)
+constexpr std::int64_t kOverrun = 2;  // bytes that a pixel's loads read past its right tap
+
 // Two neighbours and two bytes after them.
 inline __m256 load_pair(const std::uint8_t* address) {
   std::int64_t bytes;
@@ -73,6 +75,8 @@ inline Floats4 between_taps(const std::uint8_t* address, std::int32_t stride, fl
   return _mm_fmadd_ps(_mm_set1_ps(fx), _mm_sub_ps(right, left), left);
 }
 #else
+constexpr std::int64_t kOverrun = 1;
+
 // A pixel and the byte after it as floats. Without the intrinsics the bytes are interleaved with
 // zeros (little-endian), because compilers convert a vector of bytes one element at a time.
 inline Floats4 load_tap(const std::uint8_t* address) {
@@ -199,9 +203,8 @@ void warp_row(const Job& job, std::int64_t n, int y, Scratch& scratch, float* ro
   const Line sx{map.a, map.b * y + map.c}, sy{map.d, map.e * y + map.f};
   const std::int32_t stride = image.width * 3;
 
-  // Loads end one or two bytes past the right tap. Where that would leave the buffer, what
-  // touches the crop's last row takes the careful path.
-  const bool at_end = job.offsets[n] + std::int64_t{stride} * image.height == job.bytes;
+  // Where the loads would leave the buffer, what touches the crop's last row takes the careful path.
+  const bool at_end = job.offsets[n] + std::int64_t{stride} * image.height > job.bytes - kOverrun;
   const double margin = margin_of(job.width);
   const double end_x = image.width - 1 - margin, end_y = image.height - (at_end ? 2 : 1) - margin;
   double low = 0.0, high = job.width - 1.0;

@@ -46,7 +46,7 @@ class ImageFile:
     """An image file in stored order, decoded when pixels are asked for.
 
     With `pnfs._jpeg` a region of a JPEG is decoded by itself: of what lies above and beside it only
-    the compressed symbols are read, and nothing of what lies below.
+    the compressed symbols are read, and mostly nothing of what lies below, damage there included.
 
     A JPEG may be decoded at 1/`reduction` of its size, rounded up: a decoder reduces each block of
     8×8 pixels by itself, so that pixel i of the result lies where the pixels r·i … r·i + r - 1 lay.
@@ -96,7 +96,7 @@ class ImageFile:
             return self.whole()[top:bottom, left:right]
         pixels = np.empty((bottom - top, right - left, 3), np.uint8)
         decode = native.module("_jpeg").decode_jpeg_region
-        if not decode(*_place(self._data), self.reduction, *region, pixels.ctypes.data):
+        if not decode(*_place(self._data), self.reduction, region, pixels.ctypes.data):
             return self.whole()[top:bottom, left:right]
         return pixels
 

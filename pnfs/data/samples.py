@@ -225,6 +225,8 @@ def touched_region(
     lows, highs = [], []
     for (a, b, c), limit in zip(inverse.tolist(), image_size[::-1], strict=True):
         over, down = a * (width - 1), b * (height - 1)
+        if not math.isfinite(c + abs(over) + abs(down)):
+            return None
         low = math.floor(c + min(over, 0) + min(down, 0)) - 1
         high = math.floor(c + max(over, 0) + max(down, 0)) + 3  # second tap, extra pixel, exclusive
         lows.append(max(low, 0))

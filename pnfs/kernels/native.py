@@ -1,4 +1,4 @@
-"""Loads the compiled modules `pnfs._cpu` and `pnfs._cuda`, or says why one is missing.
+"""Loads the compiled modules `_cpu`, `_cuda` and `_jpeg` of pnfs, or says why one is missing.
 
 `setup.py` records in `pnfs/_build_info.json` what it built and why it left something out; this
 module reads that record and never raises for a missing module: the reference backend still works.
@@ -71,7 +71,7 @@ def _share_openmp() -> None:
 
 
 def module(name: str) -> ModuleType:
-    """The compiled module `_cpu` or `_cuda`.
+    """The compiled module `_cpu`, `_cuda` or `_jpeg`.
 
     Raises:
         PnfsError: it is missing; the message has the reason.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -273,3 +275,34 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     }
     with pytest.raises(PnfsError, match=message):
         crop_normalize(**arguments)
+
+
+GUARDED = """
+import ctypes, mmap
+import torch
+from pnfs import kernels
+
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 2 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+libc = ctypes.CDLL(None)
+assert libc.mprotect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 0) == 0
+for spare in range(5):
+    count = 20 * 30 * 3 + spare
+    bytes_ = (ctypes.c_uint8 * count).from_address(start + page - count)
+    out = kernels.crop_normalize(
+        torch.frombuffer(bytes_, dtype=torch.uint8), torch.tensor([0]),
+        torch.tensor([[20, 30]], dtype=torch.int32),
+        torch.tensor([[[1.0, 0, 0.25], [0, 1.0, 0.25]]]), torch.tensor([False]),
+        size=(24, 34), mean=(0, 0, 0), std=(1, 1, 1),
+    )
+    print(spare, out.shape[2])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects memory as Linux does")
+def test_nothing_behind_the_pixels_is_read() -> None:
+    """They end where memory that may not be read begins, some bytes behind the crop."""
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == "0 24 1 24 2 24 3 24 4 24".split()

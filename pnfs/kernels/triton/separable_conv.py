@@ -39,7 +39,7 @@ STENCIL_CHANNELS = 32
 PROGRAMS = 576  # that leave sums, roughly: more of them would move more sums
 
 # The defaults are what was fastest on an H200 in float32 at the sizes of preset ours-1.
-FORWARD = Tunable(separable_conv_kernel, Config(4), Config(8), elsewhere=[Config(8, 0.5)])
+FORWARD = Tunable(separable_conv_kernel, Config(4), Config(4, 0.5), elsewhere=[Config(8, 0.5)])
 FACTORS = Tunable(factors_kernel, Config(4), Config(8, 0.5))
 GRADIENTS = Tunable(gradients_kernel, Config(4), Config(8), elsewhere=[Config(8)])
 

@@ -2,8 +2,9 @@
 
     pytest bench/ && python bench/report.py
 
-Of several results of one device the newest counts. Nothing is typed by hand: a figure that no file
-holds does not appear.
+Of several results of one device the newest counts, case by case, so that a part of the benchmarks
+can be measured again; a file whose cases are gone is to be deleted. Nothing is typed by hand: a
+figure that no file holds does not appear.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,16 +35,31 @@ Row = dict[str, Any]
 
 
 def newest(folder: Path) -> list[dict[str, Any]]:
-    """The newest result file of every device, by name of device."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.json")):
+    """Of every device, by name, the result with the most cases, each of its rows the newest of all
+    its results; "measured" are the runs that rows are from, (date, commit, number of rows)."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in folder.glob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("dry_run"):
-            continue
-        known = found.get(content["device"])
-        if known is None or known["date"] < content["date"]:
-            found[content["device"]] = content
-    return [found[device] for device in sorted(found)]
+        if not content.get("dry_run"):
+            found.setdefault(content["device"], []).append(content)
+    return [merged(found[device]) for device in sorted(found)]
+
+
+def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Results of one device as one; see `newest`."""
+    rows: dict[tuple[str, ...], tuple[tuple[str, str], Row]] = {}
+    for content in sorted(contents, key=lambda content: content["date"]):
+        for row in content["results"]:
+            run = content["date"], content["commit"]
+            rows[row["op"], row["case"], row["backend"]] = run, row
+    counts = Counter(run for run, _ in rows.values())
+    widest = max(contents, key=lambda content: (len(content["results"]), content["date"]))
+    ordered = sorted(rows.values(), key=lambda item: (item[1]["op"], item[1]["case"]))
+    return {
+        **widest,
+        "results": [row for _, row in ordered],
+        "measured": [(*run, count) for run, count in sorted(counts.items())],
+    }
 
 
 def is_whole(row: Row) -> bool:
@@ -158,10 +175,15 @@ def section(content: dict[str, Any], images: Path) -> list[str]:
     rows: list[Row] = content["results"]
     key = re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    runs = content["measured"]
+    commits = ", ".join(
+        f"commit `{commit}`, {date[:10]}" + (f" ({count} rows)" if len(runs) > 1 else "")
+        for date, commit, count in runs
+    )
     lines = [
         f"## {content['device']}",
         "",
-        f"{content['threads']} threads, commit `{content['commit']}`, {content['date'][:10]}; "
+        f"{content['threads']} threads; {commits}; "
         f"{versions}. Measured roofs: copy {content['copy_gb_s']:.0f} GB/s, "
         f"float32 multiply-add {content['fma_gflop_s']:.0f} GFLOP/s.",
         "",

@@ -60,6 +60,18 @@ def test_the_newest_results_become_tables_and_charts(report: ModuleType, tmp_pat
         assert f"images/{name}" in text and (docs / "images" / name).stat().st_size > 5000
 
 
+def test_a_part_that_is_measured_again_replaces_its_rows_alone(
+    report: ModuleType, tmp_path: Path
+) -> None:
+    both = [row("evaluation", 2e4, eager=4.0), row("mixed_sum", 9e3, torch=9.0)]
+    write(tmp_path / "results", "2026-01-01", both)
+    write(tmp_path / "results", "2026-02-01", [row("mixed_sum", 1e3, torch=3.0)])
+    text = report.write_report(tmp_path / "results", tmp_path, predicted=False).read_text()
+    assert "| mixed_sum | a case | cpp | 1 |" in text and "| evaluation | a case |" in text
+    assert "9.00" not in text
+    assert "`abc`, 2026-01-01 (1 rows), commit `abc`, 2026-02-01 (1 rows); torch 2" in text
+
+
 def test_no_results_are_one_line(report: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="holds no results; run pytest bench/ first"):
         report.write_report(tmp_path, tmp_path)

@@ -18,12 +18,16 @@
 namespace pnfs {
 namespace {
 
+// Gaussians below this count as 0. Beside the roundoff of a score they are nothing, but the product of
+// two would be subnormal, and a processor takes a hundred cycles for each of those.
+constexpr float kLeastGaussian = 1.1e-19f;  // its square is a normal number
+
 class GaussianTable {
  public:
   GaussianTable(float sigma, std::int64_t reach) : scale_(-0.5f / (sigma * sigma)), reach_(reach) {
     values_.resize(static_cast<std::size_t>(2 * reach - 1));
     for (std::int64_t r = 0; r < reach; ++r) {
-      const float value = gaussian(static_cast<float>(r), scale_);
+      const float value = at(static_cast<float>(r));
       values_[static_cast<std::size_t>(reach - 1 - r)] = value;
       values_[static_cast<std::size_t>(reach - 1 + r)] = value;
     }
@@ -36,10 +40,15 @@ class GaussianTable {
       std::copy(from, from + size, out);
       return;
     }
-    for (std::int64_t i = 0; i < size; ++i) out[i] = gaussian(static_cast<float>(i) - cell, scale_);
+    for (std::int64_t i = 0; i < size; ++i) out[i] = at(static_cast<float>(i) - cell);
   }
 
  private:
+  float at(float distance) const {
+    const float value = gaussian(distance, scale_);
+    return value < kLeastGaussian ? 0.0f : value;
+  }
+
   float scale_;
   std::int64_t reach_;
   std::vector<float> values_;  // by distance: reach - 1, …, 1, 0, 1, …, reach - 1

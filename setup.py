@@ -152,7 +152,7 @@ def pybind11_flags(work: Path) -> list[str]:
 
 
 def compiles(compiler: str, text: str, work: Path, *flags: str) -> bool:
-    """Whether a program of this text compiles and links; flags stand behind it."""
+    """Whether a program of this text compiles and, without -c, links; flags stand behind it."""
     probe = work / "probe.cpp"
     probe.write_text(text)
     command = [compiler, str(probe), "-o", str(work / "probe"), *flags]
@@ -194,7 +194,7 @@ def cpu_plan(work: Path, record: Module) -> Plan:
     record.compiler = tool_version(compiler)
     base = [compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
     base += ["-fno-math-errno", "-fno-trapping-math", f"-I{ROOT / 'csrc'}"]
-    if compiles(compiler, "int main() { return 0; }\n", work, "-fopenmp"):
+    if compiles(compiler, "int main() { return 0; }\n", work, "-fopenmp", "-c"):
         base.append("-fopenmp")
     march = os.environ.get("PNFS_MARCH", "native")
     record.flags = [*base[1:], *([f"-march={march}"] if march else [])]

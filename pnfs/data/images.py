@@ -64,12 +64,12 @@ class ImageFile:
 
     def __init__(self, path: str | Path, reduction: int = 1) -> None:
         self._name, self._data = str(path), _read_bytes(path)
+        _check(self._data, self._name)
         is_jpeg = self._data.startswith(_JPEG)
         self.reduction = reduction if is_jpeg else 1
         self._pixels: np.ndarray | None = None
         self._size: tuple[int, int] | None = None
         if is_jpeg and native.module_available("_jpeg")[0]:
-            _check(self._data, self._name)
             self._size = native.module("_jpeg").jpeg_size(*_place(self._data), self.reduction)
         # Else, as for the kinds that the module does not take, `whole` decodes it, or says why not.
 
@@ -84,9 +84,8 @@ class ImageFile:
     def whole(self) -> np.ndarray:
         """All pixels, uint8 (h, w, 3), blue-green-red."""
         if self._pixels is None:
-            self._pixels = decode_image(
-                self._data, self._name, apply_exif=False, reduction=self.reduction
-            )
+            flags = _COLOR[self.reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+            self._pixels = _decoded(self._data, self._name, flags)
         return self._pixels
 
     def region(self, region: Region) -> np.ndarray:
@@ -118,10 +117,14 @@ def _read_bytes(path: str | Path) -> bytes:
         ) from None
 
 
-def decode_image(data: bytes, name: str, *, apply_exif: bool, reduction: int = 1) -> np.ndarray:
+def decode_image(data: bytes, name: str, *, apply_exif: bool) -> np.ndarray:
     """`read_image` for bytes in memory; `name` stands for the file in errors."""
     _check(data, name)
-    flags = _COLOR[reduction] | (0 if apply_exif else cv2.IMREAD_IGNORE_ORIENTATION)
+    return _decoded(data, name, _COLOR[1] | (0 if apply_exif else cv2.IMREAD_IGNORE_ORIENTATION))
+
+
+def _decoded(data: bytes, name: str, flags: int) -> np.ndarray:
+    """By OpenCV, of what `_check` has passed."""
     log = cv2.utils.logging
     level = log.setLogLevel(
         log.LOG_LEVEL_SILENT
